@@ -13,6 +13,7 @@ import typer
 from thanos import Recipe, RecoveryRecipe
 from thanos.cli import run
 from thanos.cli.app import app
+from thanos.cli.bench_layer import in_words
 from thanos.cli.options import given
 from thanos.errors import RecipeError
 from thanos.recipe import Repair
@@ -244,3 +245,7 @@ def test_a_setting_may_be_repeated_where_a_command_compares_its_values() -> None
     assert given(params) == {
         "method": ("wanda", "thanos"), "block_size": (8, 16), "seed": 0, "repeats": 5,
     }  # fmt: skip
+
+
+def test_default_names_are_written_as_a_list_in_words() -> None:
+    assert [in_words("abc"[:count]) for count in (1, 2, 3)] == ["a", "a and b", "a, b and c"]

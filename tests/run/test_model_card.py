@@ -278,6 +278,13 @@ def test_the_card_tells_the_scope_that_the_effort_chose() -> None:
     assert "one for every" not in model_card(report(recipe=recipe | {"effort": "high", "pattern": "2:4"}))
 
 
+def test_the_card_of_a_model_whose_pattern_this_version_lacks() -> None:
+    """Recovery writes a card from the pruned model's report, which may name a pattern of another version or file."""
+    recipe = report().recipe | {"pattern": "bands", "effort": "high"}
+    assert "one for every" not in model_card(report(recipe=recipe))
+    assert "| scope of the budget | one for every row |" in model_card(report(recipe=recipe | {"scope": "row"}))
+
+
 def test_the_card_tells_of_lost_precision() -> None:
     assert "residual" not in model_card(report())
     assert "rounding" not in model_card(report())

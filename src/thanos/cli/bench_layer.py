@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,12 @@ from thanos import registry
 from thanos.cli.options import JsonFile, Threads, examples, given, option, use_threads, with_settings
 from thanos.errors import RecipeError
 from thanos.settings import Heading
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Return names as ``a, b and c``."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
 
 _METHODS = registry.blockwise_methods()
 _PATTERNS = registry.example_patterns()[:2]  # unstructured, and the most common n:m
@@ -36,8 +43,8 @@ _PLURALS = {"method": "methods", "pattern": "patterns", "block_size": "block_siz
     "device",
     repeated=_PLURALS,
     changed={
-        "method": {"default": " and ".join(_METHODS)},
-        "pattern": {"default": " and ".join(_PATTERNS)},
+        "method": {"default": in_words(_METHODS)},
+        "pattern": {"default": in_words(_PATTERNS)},
         "seed": {"help": "Seed of the random layer", "heading": Heading.LAYER},
     },
 )

@@ -34,7 +34,7 @@ class Routing:
         self._calls: list[tuple[Tensor, Tensor]] = []
 
     def covers(self, layer: LinearLayer) -> bool:
-        """Return whether a layer of the block gets the same tokens with this routing: it is in no other kind of mixture."""
+        """Return whether a layer gets the same tokens in both runs: it belongs to no expert, or to one of ``mixtures``."""
         return not layer.expert or id(layer.module) in self._inside
 
     @contextmanager

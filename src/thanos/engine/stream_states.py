@@ -85,7 +85,7 @@ class StreamStates:
         )
 
     def new_branches(self) -> BranchInputs:
-        """Return storage for the kept branch inputs of a stream. This object counts, spills and closes that of all streams."""
+        """Return storage for the kept branch inputs of a stream. This object counts, spills and closes all these storages."""
         self._all_branches.append(BranchInputs(self._spare))
         return self._all_branches[-1]
 

@@ -61,9 +61,9 @@ class ZeroShot(Document):
         dtype: dtype in which the model runs.
         device: device on which the model runs.
         versions: versions of thanos, lm_eval, torch and transformers.
-        bos: ``window`` if lm_eval made the tokenizer put before each request the tokens that it puts before a text
-            (``add_bos_token`` of lm_eval); ``text`` if that was left to the tokenizer. A request without a context begins with
-            these tokens in both cases. If there are none, it begins with BOS, or without BOS with the end-of-text token.
+        bos: ``window`` if every request began with the tokens that the tokenizer puts before a text (lm_eval's
+            ``add_bos_token``); ``text`` if lm_eval left that to the tokenizer. In both cases a request without a context begins
+            with these tokens. If the tokenizer has none, such a request begins with BOS, or else with the end-of-text token.
         schema: version of this format.
     """
 
@@ -103,8 +103,9 @@ def zero_shot(
         limit: largest number of documents per task, from the first on; None for all.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        bos: ``window``: lm_eval makes the tokenizer put before each request the tokens that it puts before a text
-            (``add_bos_token``); a tokenizer that puts none there is refused. ``auto``, ``text``: this is left to the tokenizer.
+        bos: ``window``: every request begins with the tokens that the tokenizer puts before a text (lm_eval's
+            ``add_bos_token``); a tokenizer that puts none there is refused. ``auto``, ``text``: lm_eval leaves this to the
+            tokenizer.
         cache: read earlier scores from :func:`~thanos.evaluation.score_cache.cache_folder`, and write new ones there.
         on_event: function called with events of progress.
         trust_remote_code: let transformers run Python code from the checkpoint.

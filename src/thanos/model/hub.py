@@ -53,8 +53,8 @@ def download(name: str, *, code: bool, check: Callable[[Path, list[str]], Weight
 def _listed(name: str, commit: str | None, folder: Path) -> list[str]:
     """Return the paths of a repository's files.
 
-    If the hub cannot be reached and ``folder``, in the cache, has weights or an index, the list is empty: transformers too can
-    then read only the cached files.
+    The list is empty if the hub cannot be reached but ``folder``, in the cache, has weights or an index. Without the hub,
+    transformers reads only the cached files too.
     """
     from huggingface_hub import list_repo_files
 

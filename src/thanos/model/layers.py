@@ -47,7 +47,7 @@ class LinearLayer:
         return (columns, rows) if self.transposed else (rows, columns)
 
     def oriented(self, stored: Tensor) -> Tensor:
-        """Convert a stored weight to (outputs, inputs), or such a weight to the stored form: the transposition is the same."""
+        """Convert a weight from the stored form to (outputs, inputs), or back: the transposition is the same."""
         return stored.T if self.transposed else stored
 
 
@@ -68,7 +68,7 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
         if isinstance(module, nn.ModuleList) and len(module):
             size = sum(layer.get_parameter("weight").numel() for _, layer in _linear_modules(module))
             rank = (owners.get(name) is text_config, id(module) in decoder, size)
-            if size and rank > best_rank:  # the outermost list comes first, and wins a tie
+            if size and rank > best_rank:  # of equal ranks the first wins: the outermost list
                 best, best_rank = name, rank
     if best is None:
         raise ModelError(
@@ -78,9 +78,9 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def _text_config_type(model: nn.Module) -> type | None:
-    """Return the class of the text model's config; None if the model has no config, or one with several such parts."""
+    """Return the class of the text model's config; None if the model has no config, or a config of several text models."""
     find = getattr(getattr(model, "config", None), "get_text_config", None)
-    with suppress(ValueError):  # transformers raises it for several parts
+    with suppress(ValueError):  # transformers raises it for several text models
         return type(find(decoder=True)) if callable(find) else None
     return None
 

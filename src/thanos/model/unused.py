@@ -58,7 +58,7 @@ class Unused:
         return "no parameter of the model: transformers does not read it"
 
     def notes(self, keys: Iterable[str]) -> list[str]:
-        """Return a note for each kind of layers that the checkpoint has and transformers does not run, and on an adapter.
+        """Return the notes: one for each kind of layers that transformers does not run, and one if there is an adapter.
 
         ``keys`` are the names of the tensors without a parameter.
         """

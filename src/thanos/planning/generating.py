@@ -27,8 +27,8 @@ def generated_text(job: Job, watch: Watcher) -> tuple[Tensor, float]:
     """Let the model generate a few tokens of calibration text.
 
     Returns:
-        Token ids, random instead of those that the model would generate, (n, T); and the predicted seconds in which the whole
-        text is made. If the model does not fit in memory, it generates nothing, and its time is left out.
+        The token ids, (n, T), random in place of those that the model would generate; and the predicted seconds of making the
+        whole text. If the model does not fit in memory, it generates nothing, and its time is left out.
     """
     recipe, opened, device = job.recipe, job.prepared.opened, job.device
     vocabulary = opened.meta_model.get_input_embeddings().get_parameter("weight").shape[0]
@@ -77,7 +77,8 @@ def _continued_pieces(job: Job, ids: Tensor, bos: tuple[int, ...]) -> float:
     pieces = math.ceil(recipe.generate * width / segment)
     batch, spent, new = min(PIECES[job.device.type], pieces), list[float](), list[int]()
     for positions in _POSITIONS:
-        length = min(2 * prompt + positions, segment)  # at least twice the prompt, which would be shorter otherwise
+        # At least twice the prompt: in a shorter piece the prompt is shorter too.
+        length = min(2 * prompt + positions, segment)
         new.append(length - min(PROMPT, length // 2))
         began = time.perf_counter()
         generate_sequences(model, ids[:, : len(bos) + length], bos, batch, 0, 0, lambda event: None)

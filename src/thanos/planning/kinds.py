@@ -133,7 +133,7 @@ class Sample:
         amount: the sequences and epochs.
         batch: largest number of sequences in a forward pass.
         seconds: phase → seconds.
-        busy: phase → seconds of the processor, all threads together; on CUDA those of ``seconds``.
+        busy: phase → seconds of the processor, summed over all threads; on CUDA the same as ``seconds``.
         peaks: phase → peak growth of host and device memory in bytes, without the hidden states of the sequences and the inputs
             of branches.
         over_sequences: phases that run over the sequences.
@@ -163,7 +163,7 @@ class Kind:
 
     Attributes:
         blocks: indices of the blocks; ``[None]`` for the layers after the blocks.
-        tries: for each tried block its samples: one with few sequences; one with more of them; one with more held out.
+        tries: the samples of each tried block: with few sequences, with more of them, and with more that are held out.
     """
 
     blocks: list[int | None]
@@ -206,7 +206,7 @@ _APART = 1.3
 
 
 def _extrapolated(costs: Sequence[float], units: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> float:
-    """Return the cost at ``wanted``, linear in both units. Noise makes no part of it negative."""
+    """Return the cost at ``wanted``, linear in both units. A rate that is negative because of noise counts as 0."""
     (x, y), reference = units[0], 0
     each = other = 0.0
     for number, (along, across) in enumerate(units[1:], 1):

@@ -1,8 +1,8 @@
 """A trial of a run: the engine and its stages work on single blocks and few sequences, with the model's weights.
 
-The trial runs the code that prunes, so it covers every stage that the recipe lists. A block runs on two numbers of sequences.
-The difference gives the cost per sequence; the rest does not depend on the number of sequences. Output goes to a file without
-a name, which the system deletes when it is closed. If sequences are held out, a third sample gives the cost of one of them.
+The trial runs the code that prunes, so it covers every stage that the recipe lists. A tried block runs twice, on few and on
+more sequences. The difference gives the cost per sequence; the rest does not depend on their number. If sequences are held out,
+a third run gives the cost of one. Output goes to a file without a name, which the system deletes when it is closed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ALLOCATION_TRIED = 4
 """Sequences of the smaller of the two samples of the pass that chooses sparsities."""
 
 _GOLDEN = 0.618034
-"""Fractional parts of its multiples are spread evenly: the tried blocks lie at all depths of the model."""
+"""The golden ratio less 1. The fractional parts of its multiples are spread evenly, so the tried blocks lie at all depths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def _branches(job: Job, kinds: Sequence[Kind], tier: str, states: Mapping[str, i
 
 
 def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, int]]:
-    """Return the amounts that a block of a kind is tried with, each with its batch size; one if the run itself is as small.
+    """Return the amounts of work with which a block of a kind is tried, each with its batch size; one if the run is as small.
 
     ``size`` is the number of sequences of the first amount, ``batch`` the largest batch size.
     """
@@ -151,9 +151,9 @@ def _try(
     tier: str,
     stages_of: Callable[[int], Sequence[BlockStage]] | None = None,
 ) -> None:
-    """Add the samples of one block of a kind; ``done`` counts from 1 and chooses the block.
+    """Try one more block of a kind, and add its samples. ``done``, the number of blocks tried so far and this one, selects it.
 
-    ``stages_of`` returns the stages for a block that take the place of the recipe's.
+    ``stages_of`` returns the stages of a block; None for those of the recipe.
     """
     usual = kind.blocks[:-1] or kind.blocks  # the outputs of the last block may not be needed
     block = usual[int(len(usual) * (done * _GOLDEN % 1))]
@@ -165,7 +165,7 @@ def _try(
 
 
 def _try_allocation(job: Job, scratch: Scratch, tier: str) -> list[Kind]:
-    """Try the pass before the loop on one block of each kind; return its kinds, none without the pass."""
+    """Try the pass before the loop on one block of each kind; return these kinds, or an empty list without such a pass."""
     layers, cutting = measured_layers(job.prepared, job.recipe), job.prepared.cutting
     drops = cutting is not None and cutting.drops > 0
     if not layers and not drops:
@@ -195,8 +195,8 @@ def _measure(
 ) -> Sample:
     """Run the engine on one block and the first sequences; ``block`` None stands for the layers after the blocks.
 
-    ``batch`` None chooses the batch size as a run does. ``layers`` are the layers to prune, by default all. ``stages`` take the
-    place of the recipe's.
+    ``batch`` None chooses the batch size as a run does. ``layers`` are the layers to prune, by default all. ``stages`` are
+    the stages to run, by default the recipe's.
     """
     gc.collect()
     release_free_heap()

@@ -15,6 +15,7 @@ from thanos.calibration.text_files import SUFFIXES, Part, split_source
 from thanos.engine.layer_warnings import warning_lines
 from thanos.engine.records import LayerRecord
 from thanos.engine.tuning_record import tuning_line
+from thanos.errors import RecipeError
 from thanos.run.cut_words import cut_rows, cut_words
 from thanos.run.report import PruningReport
 
@@ -247,7 +248,11 @@ def _repair_rows(report: PruningReport) -> list[tuple[str, str]]:
 
 def _scope(recipe: Mapping[str, Any]) -> str | None:
     """Return the scope of the budget that the recipe or its effort chose; None if it is the method's own."""
-    if recipe.get("scope") or not registry.parse_pattern(recipe["pattern"]).any_entries:
+    try:
+        fixed = not registry.parse_pattern(recipe["pattern"]).any_entries
+    except RecipeError:  # a pattern of another version, or of a file that is not loaded
+        fixed = True
+    if recipe.get("scope") or fixed:
         return recipe.get("scope")
     return next((row.scope for row in registry.efforts() if row.name == recipe.get("effort")), None)
 

@@ -52,6 +52,14 @@ def test_rows_that_count_units_differently_are_apart_and_named() -> None:
     assert not found.units, "a row is compared with those that count alike"
 
 
+def test_a_pattern_that_this_version_lacks_has_its_measured_sparsity() -> None:
+    """The store may be of another version, or of a study with a pattern of the user's own file."""
+    known = record(cell(), sparsity=0.25)
+    changes = ({"pattern": "bands", "sparsity": None}, {"pattern": "stripes", "sparsity": 0.3})
+    rows = [row_of([dataclasses.replace(known, cell=known.cell | change)]) for change in changes]
+    assert [(row.pattern_label, row.sparsity) for row in rows] == [("bands", 0.25), ("stripes 30 %", 0.3)]
+
+
 def test_another_damping_is_a_variation_and_methods_without_damping_are_not() -> None:
     results = Results(MODEL, [*three((44.0, 45.0, 46.0)), record(cell(damping=0.1)), record(cell("wanda"))])
     assert [row.damping for row in results.variations] == [0.1]

@@ -25,7 +25,7 @@ TOKENS_OF_MANY = (8, 16, 32)
 """Sizes of a pass of ``many``, in tokens. A larger one needs more registers."""
 
 _NO_STRIP = (1 << 31) - 1
-"""Stands for the first strip of a matrix that a launch does not have."""
+"""The value in ``Plan.firsts`` for each matrix that a launch has fewer than :data:`MOST_MATRICES`."""
 
 _NEAR = 1.0
 """A measured launch is used for matrices whose rows and columns differ from the measured ones by at most a factor of 2 to this
@@ -105,9 +105,9 @@ class Settings(NamedTuple):
 
 
 def kind_of(n: int) -> str:
-    """Return the kind of a matrix by the values per row of a tile (0: ``bitmap``).
+    """Return the kind of a matrix whose tiles have ``n`` values per row; 0 stands for ``bitmap``.
 
-    Kernels of a kind need similar numbers of registers.
+    The kernels of one kind need similar numbers of registers.
     """
     return "bitmap" if n == 0 else "to16" if n <= 16 else "to31"
 

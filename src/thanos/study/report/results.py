@@ -23,7 +23,8 @@ class Row:
     """The cells of one setting, which differ only in their seed. The other attributes are those of a record's ``cell``.
 
     Attributes:
-        sparsity: requested sparsity; for n:m that of the pattern.
+        sparsity: requested sparsity; if the pattern fixes it, that of the pattern. The measured one of the first seed if this
+            version lacks the pattern.
         units: ``multiple_of`` and ``head_unit``, see :func:`~thanos.study.grid.units_label`; empty for the defaults.
         repair: allocation and repair, see :func:`~thanos.study.grid.repair_label`; empty without either.
         alpha: fraction of outlier rows.
@@ -68,7 +69,7 @@ class Row:
     @property
     def pattern_label(self) -> str:
         """The pattern, with the requested sparsity unless the pattern implies it: ``columns 30 %``, and the units."""
-        if _implies_sparsity(self.pattern):
+        if self.pattern and (self.whole or self).records[0].cell["sparsity"] is None:
             return self.pattern
         return ", ".join([f"{self.pattern} {percent(self.sparsity)}", *([self.units] if self.units else [])])
 
@@ -168,13 +169,6 @@ def pattern_order(pattern: str) -> tuple[int, str]:
     return (known.index(pattern) if pattern in known else len(known), pattern)
 
 
-def _implies_sparsity(pattern: str) -> bool:
-    try:
-        return parse_pattern(pattern).sparsity is not None
-    except RecipeError:  # the dense model, or a pattern of another version
-        return ":" in pattern
-
-
 class Results:
     """The cells of one model that can be compared.
 
@@ -270,7 +264,7 @@ def row_of(records: Iterable[CellRecord]) -> Row:
         model=cell["model"],
         method=cell["method"],
         pattern=cell["pattern"] or "",
-        sparsity=_asked_sparsity(cell),
+        sparsity=_asked_sparsity(ordered[0]),
         units=units_label(cell),
         alpha=cell["outlier_rows"] or 0.0,
         keep_budget=bool(cell["keep_budget"]),
@@ -293,8 +287,11 @@ def _rows(records: Iterable[CellRecord]) -> list[Row]:
     return sorted((row_of(cells) for cells in groups.values()), key=lambda row: row.order)
 
 
-def _asked_sparsity(cell: dict[str, Any]) -> float:
-    if cell["sparsity"] is not None:
-        return cell["sparsity"]
-    implied = parse_pattern(cell["pattern"]).sparsity if cell["pattern"] else 0.0
-    return 0.0 if implied is None else implied
+def _asked_sparsity(record: CellRecord) -> float:
+    sparsity, pattern = record.cell["sparsity"], record.cell["pattern"]
+    if sparsity is None and pattern:
+        try:
+            sparsity = parse_pattern(pattern).sparsity
+        except RecipeError:  # a pattern of another version, or of a file that is not loaded
+            sparsity = (record.effective_sparsity or {}).get("targeted")
+    return sparsity or 0.0
