@@ -513,3 +513,16 @@ def test_each_worker_of_a_study_gets_the_threads(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(Ended):
             pool._work(None, None, None, "cpu", 2, 2, None, threads)  # type: ignore[arg-type]
         assert torch.get_num_threads() == expected
+
+
+def test_control_characters_of_a_damaged_file_do_not_reach_the_terminal(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "model", "llama")
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header[next(name for name in header if name != "__metadata__")]["dtype"] = "\x1b[31m\n\ud800"
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + int.from_bytes(content[:8], "little") :])
+    error = refused(["inspect", str(folder), "--quiet"], capsys)
+    assert r"dtype \x1b[31m \ud800 is not supported" in error
+    assert error.removesuffix("\n").isprintable()

@@ -35,6 +35,11 @@ _printing = threading.Lock()
 _reported = threading.Event()
 
 
+def _printable(line: str) -> str:
+    """Return a line in which control characters, which may come from a hostile file, are escaped as in a Python string."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line)
+
+
 def report_failure(message: str) -> None:
     """Print the error line of this process, or nothing if another process of the run has failed before.
 
@@ -45,7 +50,7 @@ def report_failure(message: str) -> None:
     with _printing:
         if launched() and _reported.is_set():
             return
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {_printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
         _reported.set()
 
 
