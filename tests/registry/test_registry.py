@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -262,6 +263,32 @@ def test_a_method_says_which_patterns_it_can_do(toys: ModuleType) -> None:
     for pattern in ("columns", "row-halves"):
         with pytest.raises(RecipeError, match=rf"method picky cannot do pattern {pattern} .*unstructured or N:M"):
             LayerRecipe(method="picky", pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda problem: None, r"bool mask of shape \[6, 16\]; it returned a NoneType"),
+        (
+            lambda problem: Solution(problem.weight[:, 1:], problem.zeros),
+            r"it returned torch.float64 of shape \[6, 15\] and torch.bool of shape \[6, 16\]",
+        ),
+        (
+            lambda problem: Solution(problem.weight, problem.zeros.float()),
+            r"it returned torch.float64 of shape \[6, 16\] and torch.float32 of shape \[6, 16\]",
+        ),
+        (
+            lambda problem: Solution(problem.weight, torch.ones_like(problem.zeros)),
+            "says that it removed 96 entries of .*, but its weight has only 0 zeros",
+        ),
+    ],
+    ids=["nothing", "another shape", "another dtype", "no zeros"],
+)
+def test_what_a_method_returns_is_checked(toys: ModuleType, wrong: Any, message: str) -> None:
+    registry.register_method(MethodRow(name="wrong", title="", help="", source=wrong, needs=Needs.NORMS))
+    case = oracles.layer(6, 16, seed=3)
+    with pytest.raises(RecipeError, match=f"method wrong .*{message}"):
+        thanos.prune_weight(case.weight, case.hessian, method="wrong")
 
 
 def test_a_name_belongs_to_one_row(toys: ModuleType) -> None:

@@ -18,7 +18,10 @@ EXAMPLES = examples(
 @with_settings("device", "trust_remote_code")
 def decode(
     packed: Annotated[
-        str, typer.Argument(metavar="PACKED", help="A model that thanos pack wrote.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PACKED", help="A model that thanos pack wrote; other models are timed too.", show_default=False
+        ),
     ],
     *,
     dense: Annotated[

@@ -47,7 +47,9 @@ def unpack(
         raise ModelError(f"{name} is not a folder with a config.json; give a folder that thanos pack wrote")
     config = _read_config(folder, name)
     if not is_packed(config):
-        raise ModelError(f"{name} is not packed: its config.json has no quantization_config of thanos")
+        raise ModelError(
+            f"{name} is not packed (its config.json has no quantization_config of thanos), so there is nothing to unpack"
+        )
     specs = parse_settings(config["quantization_config"], name)
     with written(out, model=folder, overwrite=overwrite, what="unpack") as target:
         return _unpack(folder, name, specs, target, EventStream(on_event))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,11 @@ class LayerSolve:
             measured += [lambda rows, step=step: self._scaled(step[rows]) - self.dense[rows] for step in steps]
         changes = [self._squared_output_norm(change) for change in measured]
         errors, zeros = relative_errors_and_zeros(changes, self.norm, pruned, inputs)
+        if zeros < (removed := pruned.numel() - int(kept.count_nonzero())):
+            raise RecipeError(
+                f"method {recipe.method} says that it removed {removed:,} entries of {self.name}, but its weight has only "
+                f"{zeros:,} zeros; removed entries must be exact zeros (docs/add-a-method.md)"
+            )
         if errors and errors[-1] is not None and not errors[-1] < float("inf"):
             raise NumericsError(f"pruning {self.name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
         if len(errors) == 1:  # nothing but the removed entries changed: the error after the method is the same
@@ -146,7 +152,7 @@ class LayerSolve:
             solutions *= 1 + len(self.refinements)
         else:
             problem = self._retargeted(problem, rows)
-            solutions = [self.method.load()(problem)]
+            solutions = [_checked(self.method.load()(problem), problem, self.recipe.method)]
             for refine in self.refinements.values():
                 solutions.append(refine(problem, solutions[-1]))
         for name, solution in zip(self.names, solutions, strict=True):
@@ -209,6 +215,26 @@ class LayerSolve:
 
 Change = Callable[[slice], Tensor]
 """The change of some rows of the weight, Ŵ − W up to its sign, in the dtype of the computation."""
+
+
+def _checked(solution: Any, problem: Problem, method: str) -> Solution:
+    """Return what a method returned, if it is a solution of the problem's shape.
+
+    Raises:
+        RecipeError: it is not, so the method is at fault.
+    """
+    shape = problem.weight.shape
+    if not isinstance(solution, Solution):
+        came = f"a {type(solution).__name__}"
+    elif solution.weight.shape == shape == solution.removed.shape and solution.removed.dtype == torch.bool:
+        return solution
+    else:
+        both = (f"{one.dtype} of shape {list(one.shape)}" for one in (solution.weight, solution.removed))
+        came = " and ".join(both)
+    raise RecipeError(
+        f"method {method} must return a Solution with a weight and a bool mask of shape {list(shape)}; it returned {came} "
+        "(docs/add-a-method.md)"
+    )
 
 
 def _bounds(count: int, row_shards: RowShards) -> tuple[int, int]:

@@ -220,7 +220,8 @@ def _named(record: CellRecord) -> str:
 
 RANK_NOTE = (
     "Rank: 1 + the number of rows that are better by more than the larger of the two spreads, over the seeds that both have. "
-    "=: a tie. °: one seed only; its spread is the largest one of a row with the same method, pattern and sparsity, if known."
+    "=: a tie. ° after a rank: the row has only one seed; its spread is the largest one of a row with the same method, pattern "
+    "and sparsity, if known."
 )
 SPREAD_NOTE = (
     "±: spread, the sample standard deviation over calibration seeds. ° after a number: from one seed, in a row that has "
