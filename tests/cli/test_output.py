@@ -10,8 +10,9 @@ import pytest
 
 import thanos
 from helpers import save_tiny
-from thanos.cli.output import show_report
+from thanos.cli.output import show_report, show_zero_shot
 from thanos.cli.tables import print_table
+from thanos.evaluation.tasks import ZeroShot
 
 
 def test_the_summary_of_a_run_tells_after_which_step_its_errors_were_measured(
@@ -36,6 +37,27 @@ def test_the_summary_of_a_run_tells_after_which_step_its_errors_were_measured(
     stages = ", ".join(f"{error:.5f} ({stage})" for stage, error in last.errors.items())
     assert f"error of block {last.block + 1}, after each stage" in printed
     assert stages in printed
+
+
+@pytest.mark.parametrize(("bos", "said"), [("window", "with BOS"), ("text", "as the tokenizer begins a text")])
+def test_accuracies_are_shown_with_the_beginning_of_the_requests(
+    bos: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    average = {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": None, "acc_norm_stderr": None}
+    result = ZeroShot(
+        model="folder/m",
+        tasks={"t": average | {"samples": 4}},
+        average=average,
+        limit=None,
+        cached=[],
+        seconds=1.0,
+        dtype="float32",
+        device="cpu",
+        versions={"lm_eval": "0.4"},
+        bos=bos,
+    )
+    show_zero_shot(result, None)
+    assert f"m, zero-shot (lm_eval 0.4); requests begin {said}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_wide_table_breaks_its_headings_and_not_the_names_of_models(capsys: pytest.CaptureFixture[str]) -> None:

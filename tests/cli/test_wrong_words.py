@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from helpers import prose
-from thanos.cli import run
+from thanos.cli import run, tables
 from thanos.cli.options import WORDS_TOO
 from thanos.errors import StudyError, UserError
 from thanos.model import source as sources
@@ -127,3 +127,40 @@ def test_texts_that_are_too_short(place: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().err.splitlines()[-1]
     assert ": 1 token, but --sequence-length is 32, of which the first is the beginning-of-text token; lower" in said
     assert not Path("out").exists()
+
+
+def test_a_comparison_below_a_file_is_refused_before_the_models_are_loaded(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(f"compare tiny {TEXT} --out prose.txt/new", capsys)
+    assert said.startswith("--out prose.txt/new cannot be written: ")
+    assert said.endswith("prose.txt is a file; choose a path in a folder")
+
+
+@pytest.mark.parametrize("command", [f"eval tiny {TEXT}", "inspect tiny", "bench layer --shape 8x8 --device cpu"])
+def test_a_json_file_that_cannot_be_created_is_told_before_the_work(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems give permission and create no file."""
+    opened = Path.open
+
+    def denied(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == "numbers.json":
+            raise FileNotFoundError(2, "No such file or directory")
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", denied)
+    said = refused(f"{command} --json numbers.json", capsys)
+    assert said == "--json numbers.json cannot be written (No such file or directory); give another path"
+
+
+def test_a_json_file_that_cannot_be_written_at_the_end_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *args: Any, **kwargs: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tables.Path, "write_text", full)
+    assert run(["inspect", "tiny", "--json", "numbers.json", "-q"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: --json numbers.json cannot be written (No space left on device); give another path"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -240,6 +240,16 @@ def test_blocks_that_text_does_not_reach_stay_dense_for_the_true_reason(text_fil
     assert {layer.block for layer in report.layers} == {0, 2}
 
 
+def test_the_tower_for_images_is_not_said_to_be_unread(text_file: Path, tmp_path: Path) -> None:
+    # transformers reads it with the class for images and text.
+    folder = save(tmp_path / "dense", "mllama")
+    state = load_file(folder / "model.safetensors") | {"vision_model.class_embedding": torch.ones(8)}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    report = thanos.prune(folder, tmp_path / "out", recipe(text_file, **HOW))
+    (reason,) = (record.reason for record in report.dense if record.name.startswith("vision_model."))
+    assert reason == f"no parameter of {report.model['architecture']}"
+
+
 def test_a_run_over_blocks_that_text_does_not_reach_can_be_resumed(text_file: Path, tmp_path: Path) -> None:
     folder, asked = save(tmp_path / "dense", "mllama"), recipe(text_file, **HOW)
     whole = thanos.prune(folder, tmp_path / "whole", asked)
@@ -313,6 +323,7 @@ def test_the_error_of_a_layer_that_was_not_measured_is_unknown(method: str, text
     known = [layer for layer in report.layers if not layer.name.endswith("dt_proj")]
     assert len(unknown) == 3
     for layer in unknown:
+        assert all("no calibration token reached" not in line for line in layer.warnings), "tokens did"
         assert layer.error_before_compensation is layer.error_after_compensation is None
     errors = [layer.error_after_compensation for layer in known]
     assert all(error is not None and error > 0 for error in errors)

@@ -256,7 +256,8 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_counted(text_file: 
     for layer in starved:
         assert (layer.method, layer.tokens) == ("magnitude", 0)
         assert layer.error_before_compensation is layer.error_after_compensation is None
-        assert layer.warnings == ["no calibration token reached this layer: pruned by magnitude, not thanos"]
+        (warning,) = layer.warnings
+        assert warning.startswith("calibration saw no input of this layer (no token reached it, ")
         weight, before = written[f"{layer.name}.weight"], original[f"{layer.name}.weight"]
         kept = weight != 0
         assert torch.equal(weight, torch.where(kept, before, 0.0))

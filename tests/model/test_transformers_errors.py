@@ -309,7 +309,7 @@ def test_a_gguf_architecture_that_transformers_cannot_read(tmp_path: Path) -> No
     assert "corrupt" not in str(caught.value)
 
 
-def test_one_part_of_a_gguf_under_another_name(tmp_path: Path) -> None:
+def test_one_part_of_a_gguf_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Known by what the file says."""
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "m.gguf"
@@ -333,8 +333,10 @@ def test_one_part_of_a_gguf_under_another_name(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    source = resolve_model(path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("reads a part alone"))
     with pytest.raises(ModelError, match=r"one of 3 parts.*llama-gguf-split --merge") as caught:
-        load_model(resolve_model(path))
+        load_model(source)
     assert "damaged" not in str(caught.value)
 
 

@@ -99,7 +99,7 @@ def model(
     use_threads(threads)
     tables.check_writable(json_file)
     if out is not None and not out.is_dir():
-        raise RecipeError(f"--out {out} is not a folder")
+        raise RecipeError(f"--out {out} is not a folder that exists; create it first, or leave out --out")
     with display.watch(quiet=quiet) as watcher:
         result = time_model(
             sizes, recipe, choose_device(device), blocks=blocks, out=out, activations=activations, on_event=watcher

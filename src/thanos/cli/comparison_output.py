@@ -23,7 +23,9 @@ def check_writable_folder(out: Path) -> None:
     if holds_model(out):
         raise UserError(f"--out {out} is the folder of a model; choose a folder outside it")
     refuse_inside_model(out, "--out")
-    nearest = next((folder for folder in (out, *out.resolve().parents) if folder.is_dir()), Path())
+    nearest = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ResourceError(f"--out {out} cannot be written: {nearest} is a file; choose a path in a folder")
     if not os.access(nearest, os.W_OK):
         raise ResourceError(
             f"--out {out} cannot be written: you have no permission to write there; give another folder"

@@ -180,7 +180,12 @@ def show_zero_shot(result: ZeroShot, json_file: Path | None) -> None:
     rows.append(("average", *(score(result.average[key]) for key in keys), ""))
     write_json(result.to_dict(), json_file)
     if not to_stdout(json_file):
-        print_table(head, rows, title=f"{Path(result.model).name}, zero-shot (lm_eval {result.versions['lm_eval']})")
+        begin = "with BOS" if result.bos == "window" else "as the tokenizer begins a text"
+        print_table(
+            head,
+            rows,
+            title=f"{Path(result.model).name}, zero-shot (lm_eval {result.versions['lm_eval']}); requests begin {begin}",
+        )
 
 
 def show_inspection(found: Inspection, json_file: Path | None) -> None:

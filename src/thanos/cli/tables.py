@@ -51,7 +51,10 @@ def write_json(values: dict[str, Any], json_file: Path | None) -> None:
     if to_stdout(json_file):
         sys.stdout.write(text)
     else:
-        json_file.write_text(text, encoding="utf-8")
+        try:
+            json_file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise _no_json(json_file, error) from error
 
 
 def to_stdout(path: Path | None) -> bool:
@@ -72,6 +75,16 @@ def check_writable(path: Path | None) -> None:
         raise ResourceError(
             f"--json {path} cannot be written: you have no permission to write there; give another path"
         )
+    if not path.exists():
+        try:  # some file systems give permission, and create no file
+            path.open("ab").close()
+            path.unlink()
+        except OSError as error:
+            raise _no_json(path, error) from error
+
+
+def _no_json(path: Path, error: OSError) -> ResourceError:
+    return ResourceError(f"--json {path} cannot be written ({error.strerror}); give another path")
 
 
 def phase_rows(phases: dict[str, PhaseRecord]) -> list[tuple[str, str]]:

@@ -29,7 +29,9 @@ def layer_warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, s
     lines = []
     if pruned.method != settings.method:
         cause = (
-            f"all {tokens} calibration tokens were zero here" if tokens else "no calibration token reached this layer"
+            f"all {tokens} calibration tokens were zero here"
+            if tokens
+            else "calibration saw no input of this layer (no token reached it, or the model uses its weight without calling it)"
         )
         lines.append(f"{cause}: pruned by {pruned.method}, not {settings.method}")
     elif 0 < tokens < columns and pruned.damping is not None:  # a method without a Hessian needs no rank

@@ -50,6 +50,8 @@ def load_model(
         loaded = _load_gguf(source, dtype, torch.device(device))
         if loaded is not None:
             return loaded
+        if parts := _split_count(source):  # transformers would read this part alone
+            raise ModelError(describe_split_file(Path(source.name), parts))
         if adapter := adapter_beside(source.gguf):
             raise ModelError(
                 f"{source.name}: transformers has to load this file, and where peft is installed, it would apply the adapter "
@@ -67,8 +69,6 @@ def load_model(
     except (Exception, SystemExit) as error:  # a checkpoint's own code may raise anything
         if is_out_of_memory(error):
             raise
-        if parts := _split_count(source):
-            raise ModelError(describe_split_file(Path(source.name), parts)) from error
         line = f"{source.name} cannot be loaded: {first_line(error)}"
         if "ignore_mismatched_sizes" in str(error):  # transformers refers to lines that it printed
             shapes = "tensors have other shapes than config.json requires"
@@ -79,8 +79,6 @@ def load_model(
         raise ModelError(describe_import_error(source.name, error) or line) from error
     model, info = loaded
     absent = sorted(info["missing_keys"])
-    if absent and (parts := _split_count(source)):
-        raise ModelError(describe_split_file(Path(source.name), parts))
     if absent:  # transformers fills them with random numbers
         raise ModelError(
             f"{source.name} lacks {len(absent)} of the model's tensors, for example {absent[0]}; config.json belongs to "

@@ -29,6 +29,7 @@ class Unused:
 
     def __init__(self, meta_model: Any, keys: Iterable[str], used: Iterable[str]) -> None:
         blocks_name, blocks = find_blocks(meta_model)
+        self._class = type(meta_model).__name__
         self._count = len(blocks)
         self._pattern = re.compile(rf"(?:^|\.){re.escape(blocks_name.rpartition('.')[2])}\.(\d+)\.")
         self._prefix = f"{meta_model.base_model_prefix}."
@@ -55,7 +56,7 @@ class Unused:
             return f"layer {index}, beyond the {self._count} of config.json: transformers does not run it"
         if self._tied & {key, key.removeprefix(self._prefix), self._prefix + key}:
             return "copy of a tied weight: transformers does not read it"
-        return "no parameter of the model: transformers does not read it"
+        return f"no parameter of {self._class}"
 
     def notes(self, keys: Iterable[str]) -> list[str]:
         """Return the notes: one for each kind of layers that transformers does not run, and one if there is an adapter.

@@ -30,7 +30,7 @@ def model_name(model: Any, what: str = "MODEL") -> str:
     kind = type(model).__name__
     if hasattr(model, "save_pretrained") or hasattr(model, "state_dict"):
         raise ModelError(
-            f"{what} is an object in memory ({kind}), but it is read from the disk, block by block; save the model and its "
+            f"{what} is an object in memory ({kind}), but it is read from the disk; save the model and its "
             f"tokenizer with save_pretrained(FOLDER), and give FOLDER; thanos.prune_model prunes a model in memory"
         )
     raise ModelError(f"{what} must be {_ALLOWED}; got {kind} {str(model)[:60]!r}")

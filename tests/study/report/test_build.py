@@ -315,6 +315,27 @@ def test_two_models_have_files_of_their_own(tmp_path: Path) -> None:
 def test_a_store_of_failures_alone_is_reported(tmp_path: Path) -> None:
     report = write_report(write_store(tmp_path / "study", [failed(cell(), "out of memory")]))
     assert report.table("failed") is not None
+    assert report.lead[0] == "No pruned model has a result to compare."
+
+
+def test_a_model_of_which_every_cell_failed_does_not_end_the_report_of_the_others(tmp_path: Path) -> None:
+    records = [record(cell(method, model="org/a")) for method in ("thanos", "wanda")]
+    records += [
+        failed(cell(method, model=model), "NaN") for model in ("org/b", "org/c") for method in ("thanos", "wanda")
+    ]
+    report = write_report(write_store(tmp_path / "study", records))
+    assert [chapter.title for chapter in report.chapters] == ["org/a", ""]
+    table = report.table("failed")
+    assert table is not None
+    assert len(table.rows) == 4
+    assert "4 cells failed" in "".join(str(getattr(part, "text", part)) for part in report.lead)
+
+
+def test_a_study_with_a_dense_result_alone_does_not_say_that_nothing_was_evaluated(tmp_path: Path) -> None:
+    report = write_report(
+        write_store(tmp_path / "study", [record(cell("dense", None)), failed(cell(), "out of memory")])
+    )
+    assert report.lead[0] == "No pruned model has a result to compare."
 
 
 def own_study(*, seeds: int = 1) -> list[CellRecord]:

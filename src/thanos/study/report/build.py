@@ -9,6 +9,7 @@ from pathlib import Path
 
 from thanos.errors import DataError, ResourceError
 from thanos.events import Event
+from thanos.study.report.comparable import is_cost_only
 from thanos.study.report.figures.charts import Figure
 from thanos.study.report.figures.draw import draw
 from thanos.study.report.numbers import Number, Prose, count
@@ -57,7 +58,7 @@ class Report:
 def build_report(contents: Contents) -> Report:
     """Return the report of a store's contents: the conclusion, the table and the figures of each model, and folded sections.
 
-    A section without a table and a figure is left out, since the store has no cells for it.
+    A section without a table and a figure is left out, since the store has no cells for it, and so is a model without sections.
     """
     models = models_of(contents.records)
     studies = [Results(model, contents.done) for model in models]
@@ -78,6 +79,7 @@ def build_report(contents: Contents) -> Report:
         for section in (chapter.sections if _repeats_the_paper(results) else ())
         for line in section.missing
     ]
+    chapters = [chapter for chapter in chapters if chapter.sections]  # of some models every cell failed
     chapters.append(Chapter("", [*shared, rest]))
     title = f"Pruning {', '.join(models)}" if models else "An empty study"
     return Report(title, _lead(contents, evaluated or studies), tuple(chapters))
@@ -99,8 +101,11 @@ def _lead(contents: Contents, studies: list[Results]) -> Prose:
     if any("the noise" in part for part in parts if isinstance(part, str)):
         parts.append(f" {NOISE}")
     if not parts:
-        noun = "cell" if len(contents.done) == 1 else "cells"
-        parts = ["A study of ", count(contents.done), f" {noun} without a perplexity. It shows the cost of pruning."]
+        done = [record for record in contents.done if is_cost_only(record)]
+        noun = "cell" if len(done) == 1 else "cells"
+        parts = ["No pruned model has a result to compare."]
+        if done:
+            parts = ["A study of ", count(done), f" {noun} without a perplexity. It shows the cost of pruning."]
     if contents.failed:
         failed = len(contents.failed)
         parts += [
