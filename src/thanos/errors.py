@@ -71,6 +71,11 @@ _REMEDIES = {
 }
 
 
+def remedy_for(error: OSError) -> str:
+    """Return what a user can change about an error of the operating system; empty if nothing is known."""
+    return _REMEDIES.get(error.errno or 0, "")
+
+
 _HOST_IS_FULL = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 """Parts of torch's messages for exhausted host memory. Torch has no separate exception for it."""
 
@@ -104,8 +109,8 @@ def resource_errors(*remedies: str, device: object = "the device") -> Iterator[N
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0)
-        if remedy is None:
+        remedy = remedy_for(error)
+        if not remedy:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         what = "disk full" if error.errno in _DISK_IS_FULL else error.strerror

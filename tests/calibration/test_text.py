@@ -621,7 +621,7 @@ def test_data_sets_without_a_network_say_what_to_give(
     refused(
         read,
         source,
-        rf"{source} cannot be downloaded from the hub .*give a local file.*--calibration FILE or --text FILE.*\.txt",
+        rf"{source} cannot be downloaded from the hub .*give pydoc, or a local file.*--calibration FILE or --text FILE.*\.txt",
     )
 
 

@@ -161,7 +161,10 @@ def test_python_m_thanos_and_the_version_are_quick() -> None:
             "--samples",
         ),
         (["prune", "{model}", "{out}", "--sequence-length", "32", "--calibration", "none.txt"], "does not exist"),
-        (["prune", "{model}", "{out}", "--sequence-length", "32", "--calibration", "c4"], "give a local file"),
+        (
+            ["prune", "{model}", "{out}", "--sequence-length", "32", "--calibration", "c4"],
+            "give pydoc, or a local file",
+        ),
         (
             [
                 "prune",
@@ -181,7 +184,7 @@ def test_python_m_thanos_and_the_version_are_quick() -> None:
         (["prune", "no/such/model", "{out}"], "no/such/model"),
         (["prune", "nobody/nothing", "{out}"], "local folder"),
         (["prune", "{model}", "{out}", "--recipe", "none.toml"], "none.toml"),
-        (["eval", "{model}", "--text", "wikitext2", "--sequence-length", "32"], "give a local file"),
+        (["eval", "{model}", "--text", "wikitext2", "--sequence-length", "32"], "give pydoc, or a local file"),
         (["eval", "{model}", "--text", "{text}", "--sequence-length", "1"], "at least 2"),
         (["eval", "{model}", "--text", "{text}", "--max-windows", "0"], "at least 1"),
         (["eval", "{model}", "--text", "self"], "self"),

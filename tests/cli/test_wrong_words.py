@@ -163,4 +163,7 @@ def test_a_json_file_that_cannot_be_written_at_the_end_is_one_line(
     monkeypatch.setattr(tables.Path, "write_text", full)
     assert run(["inspect", "tiny", "--json", "numbers.json", "-q"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "error: --json numbers.json cannot be written (No space left on device); give another path"
+    assert (
+        last
+        == "error: --json numbers.json cannot be written (No space left on device); free some space, or write to another disk"
+    )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thanos.errors import ResourceError
+from thanos.errors import ResourceError, remedy_for
 from thanos.system.documents import json_text
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ def check_writable(path: Path | None) -> None:
 
 
 def _no_json(path: Path, error: OSError) -> ResourceError:
-    return ResourceError(f"--json {path} cannot be written ({error.strerror}); give another path")
+    return ResourceError(
+        f"--json {path} cannot be written ({error.strerror}); {remedy_for(error) or 'give another path'}"
+    )
 
 
 def phase_rows(phases: dict[str, PhaseRecord]) -> list[tuple[str, str]]:
