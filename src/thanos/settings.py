@@ -132,5 +132,14 @@ def words(value: Any) -> str:
 
 def either(names: Iterable[str]) -> str:
     """Return ``a, b or c``."""
+    return _joined(names, "or")
+
+
+def in_words(names: Iterable[str]) -> str:
+    """Return ``a, b and c``."""
+    return _joined(names, "and")
+
+
+def _joined(names: Iterable[str], word: str) -> str:
     *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
+    return f"{', '.join(others)} {word} {last}" if others else last

@@ -13,11 +13,10 @@ import typer
 from thanos import Recipe, RecoveryRecipe
 from thanos.cli import run
 from thanos.cli.app import app
-from thanos.cli.bench_layer import in_words
 from thanos.cli.options import given
 from thanos.errors import RecipeError
 from thanos.recipe import Repair
-from thanos.settings import Heading, settings_of, value_types
+from thanos.settings import Heading, in_words, settings_of, value_types
 
 HEADINGS = {
     "prune": {

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from thanos import registry
 from thanos.cli.options import JsonFile, Threads, examples, given, option, use_threads, with_settings
 from thanos.errors import RecipeError
-from thanos.settings import Heading
-
-
-def in_words(names: Sequence[str]) -> str:
-    """Return names as ``a, b and c``."""
-    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
-
+from thanos.settings import Heading, in_words
 
 _METHODS = registry.blockwise_methods()
 _PATTERNS = registry.example_patterns()[:2]  # unstructured, and the most common n:m

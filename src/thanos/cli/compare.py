@@ -176,11 +176,10 @@ def compare(
 
 def _rest(measured: int, out: Path) -> str:
     """Return how to go on after an interruption that leaves the measurements of the first models."""
+    from thanos.comparison.run import APART
+
     models = "the first model" if measured == 1 else f"the first {measured} models"
-    return (
-        f"{out} has the measurements of {models}; measure the first model and those that are left into another OUT, then draw "
-        "one page from both: thanos compare OUT1 OUT2 --out OUT"
-    )
+    return f"{out} has the measurements of {models}; measure the first model and those that are left {APART}"
 
 
 def _earlier(models: list[str]) -> list[Comparison] | None:

@@ -65,6 +65,10 @@ class Request:
     trust_remote_code: bool = False
 
 
+APART = "into another OUT, then draw one page from both: thanos compare OUT1 OUT2 --out OUT"
+"""How to measure the models that a comparison did not reach: the end of a sentence."""
+
+
 def compare(
     models: Sequence[str],
     request: Request | None = None,
@@ -107,8 +111,7 @@ def compare(
         if run.fault and done < len(entries):
             raise ResourceError(
                 f"{label}: the device reported a fault, after which this process cannot use it ({run.fault}); "
-                f"{len(entries) - done} of {len(entries)} models are left: measure them and the first model into another OUT, "
-                "then draw one page from both: thanos compare OUT1 OUT2 --out OUT"
+                f"{len(entries) - done} of {len(entries)} models are left: measure them and the first model {APART}"
             )
     return Comparison(command=command, machine=about, settings=run.settings(), rows=rows)
 

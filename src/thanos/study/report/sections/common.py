@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from thanos.settings import in_words
 from thanos.study.report.figures.charts import Figure, Point
 from thanos.study.report.numbers import Number, Prose, count, setting
 from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
@@ -174,8 +175,7 @@ def note(rows: Iterable[Row], *more: str) -> Prose:
 
 def counted(names: Sequence[str], one: str, several: str = "") -> str:
     """Return names and their number in words: ``SparseGPT, Wanda and magnitude (3 other methods)``."""
-    words = " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
-    return f"{words} ({len(names)} {one if len(names) == 1 else several or one + 's'})"
+    return f"{in_words(names)} ({len(names)} {one if len(names) == 1 else several or one + 's'})"
 
 
 def seeds_of(rows: Iterable[Row]) -> str:

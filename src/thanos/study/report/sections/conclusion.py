@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from thanos.settings import in_words
 from thanos.study.report.numbers import Number, Prose
 from thanos.study.report.ranking import comparable, larger_noise, verdict
 from thanos.study.report.results import Results, Row, over_common_seeds
@@ -86,16 +87,12 @@ def _significance(best: dict[str, tuple[Row, Row | None]], field: str, lent: Num
             "row has only one seed.",
         )
     parts = [
-        *([f"larger than the noise at {_and(labels_by_verdict['beyond'])}"] if labels_by_verdict["beyond"] else []),
-        *([f"within the noise at {_and(labels_by_verdict['tie'])}"] if labels_by_verdict["tie"] else []),
+        *([f"larger than the noise at {in_words(labels_by_verdict['beyond'])}"] if labels_by_verdict["beyond"] else []),
+        *([f"within the noise at {in_words(labels_by_verdict['tie'])}"] if labels_by_verdict["tie"] else []),
         *(
-            [f"from one seed, with unknown noise, at {_and(labels_by_verdict['unknown'])}"]
+            [f"from one seed, with unknown noise, at {in_words(labels_by_verdict['unknown'])}"]
             if labels_by_verdict["unknown"]
             else []
         ),
     ]
     return (f" The difference to the next best row is {'; '.join(parts)}.",)
-
-
-def _and(names: list[str]) -> str:
-    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
