@@ -37,7 +37,7 @@ HEADINGS = {
     "recover": {
         "Recovery": {
             *("--epochs", "--rate", "--train", "--vary", "--generate", "--batch", "--micro-batch"),
-            *("--held-out", "--shard", "--dense"),
+            *("--held-out", "--shard", "--compile", "--dense"),
         },
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
         "Where and how it runs": {"--device", "--trust-remote-code", "--threads", "--resume"},

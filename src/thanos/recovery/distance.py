@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Entries of one chunk's logits, by type of device: 16 MiB and 256 MiB in float32. About five such tensors exist at once."""
 
+_COMPILED_CHUNK_LOGITS = 1 << 28
+"""The same on CUDA with a compiled divergence, which keeps no tensor in float32: 512 MiB in bfloat16, three such tensors."""
+
+
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""The type of :func:`divergence`."""
+
 
 class SplitModel:
     """A causal language model whose decoder and head run separately.
@@ -40,6 +47,9 @@ class SplitModel:
     Args:
         model: the model.
         name: its name, for messages.
+
+    Attributes:
+        model: the model.
 
     Raises:
         ModelError: the decoder and the head cannot be separated.
@@ -52,7 +62,7 @@ class SplitModel:
                 f"{name} ({type(model).__name__}) has no decoder that is separate from its head, which recovery needs; give a "
                 "model whose get_decoder() returns one"
             )
-        self._model, self._decoder = model, decoder
+        self.model, self._decoder = model, decoder
         self._kind: type[Any] | None = None
 
     def hidden(self, ids: Tensor) -> Tensor:
@@ -65,7 +75,7 @@ class SplitModel:
             return self._outputs(type(kept[0]), kept[0][0][:, :1])
 
         with _replaced(self._decoder, decode), one_sequence_a_row():
-            self._model(input_ids=ids, use_cache=False)
+            self.model(input_ids=ids, use_cache=False)
         self._kind = type(kept[0])
         return kept[0][0].flatten(0, 1)
 
@@ -75,7 +85,7 @@ class SplitModel:
         outputs = self._outputs(self._kind, hidden[None])
         ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         with _replaced(self._decoder, lambda original, *args, **kwargs: outputs):
-            return self._model(input_ids=ids, use_cache=False).logits[0]
+            return self.model(input_ids=ids, use_cache=False).logits[0]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of all modules outside the decoder, including one tied to the decoder's embedding.
@@ -84,7 +94,7 @@ class SplitModel:
         """
         inside = set(self._decoder.modules())
         parameters = {
-            id(p): p for m in self._model.modules() if m not in inside for p in m._parameters.values() if p is not None
+            id(p): p for m in self.model.modules() if m not in inside for p in m._parameters.values() if p is not None
         }
         return list(parameters.values())
 
@@ -146,12 +156,18 @@ class Distillation(nn.Module):
         self.teacher = SplitModel(teacher, "the dense model")
         self.outputs: Tensor | None = None
         self._split, self._chunk = SplitModel(student, "the pruned model"), chunk
+        self._divergence, self._chunk_logits = divergence, _CHUNK_LOGITS
         super().train(False)
 
     def train(self, mode: bool = True) -> Distillation:
         """Stay in evaluation mode for both values of ``mode``."""
         del mode
         return self
+
+    def compile_divergence(self) -> None:
+        """Compute the divergence by compiled code, on larger chunks on CUDA."""
+        self._divergence = torch.compile(divergence, dynamic=False)
+        self._chunk_logits = _CHUNK_LOGITS | {"cuda": _COMPILED_CHUNK_LOGITS}
 
     def forward(self, ids: Tensor, numbers: Tensor | None = None) -> Tensor:
         """Return the mean KL divergence, in nats per token: a scalar, float32 (float64 if the models are float64).
@@ -168,7 +184,8 @@ class Distillation(nn.Module):
             else:
                 dense = self.outputs[numbers].flatten(0, 1)
             hidden = self._split.hidden(ids)
-            sums = _Sums(self._split, self.teacher, self._chunk or self._default_chunk(ids.device), dense)
+            size = self._chunk or self._default_chunk(ids.device)
+            sums = _Sums(self._split, self.teacher, size, dense, self._divergence)
             if torch.is_grad_enabled():
                 return sums.with_gradient(hidden) / len(hidden)
             return sums.value(hidden) / len(hidden)
@@ -176,7 +193,9 @@ class Distillation(nn.Module):
     def _default_chunk(self, device: torch.device) -> int:
         head: Any = self.student.get_output_embeddings()
         vocabulary = head.weight.shape[0] if head is not None else self.student.config.vocab_size
-        return max(16, _CHUNK_LOGITS.get(device.type, _CHUNK_LOGITS["cuda"]) // vocabulary)
+        most = self._chunk_logits.get(device.type, self._chunk_logits["cuda"]) // vocabulary
+        # A power of two divides the usual numbers of tokens. So all chunks have one size, for which code is compiled once.
+        return max(16, 1 << most.bit_length() >> 1)
 
 
 class _Sums:
@@ -187,16 +206,20 @@ class _Sums:
         teacher: the dense model.
         size: tokens of a chunk.
         dense: the dense decoder's outputs, (n, d of the dense model).
+        divergence: :func:`divergence`, or the same compiled.
     """
 
-    def __init__(self, student: SplitModel, teacher: SplitModel, size: int, dense: Tensor) -> None:
+    def __init__(
+        self, student: SplitModel, teacher: SplitModel, size: int, dense: Tensor, divergence: Divergence
+    ) -> None:
         self._student, self._teacher, self._size, self._dense = student, teacher, size, dense
+        self._divergence = divergence
 
     def value(self, hidden: Tensor) -> Tensor:
         """Return the sum for the pruned decoder's outputs, (n, d of the pruned model), without a gradient."""
         total: Any = 0.0
         for rows, dense in zip(hidden.split(self._size), self._dense.split(self._size), strict=True):
-            total = total + divergence(self._student.logits(rows), self._teacher.logits(dense))[0]
+            total = total + self._divergence(self._student.logits(rows), self._teacher.logits(dense))[0]
         return total
 
     def with_gradient(self, hidden: Tensor) -> Tensor:
@@ -214,7 +237,7 @@ class _Sums:
             leaf = rows.detach().requires_grad_(True)
             with torch.enable_grad():
                 own = self._student.logits(leaf)
-            part, at_logits = divergence(own.detach(), self._teacher.logits(dense))
+            part, at_logits = self._divergence(own.detach(), self._teacher.logits(dense))
             total = total + part
             first, *others = torch.autograd.grad(
                 own, [leaf, *(parameters[number] for number in trained)], at_logits, allow_unused=True

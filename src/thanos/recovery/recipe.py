@@ -61,6 +61,8 @@ class RecoveryRecipe:
             one in 16, at least one.
         shard: with several processes, each holds a part of the pruned model, its gradients and the optimizer's state (FSDP),
             instead of a copy. Each process holds the dense model whole in any case.
+        compile: run the blocks of both models through ``torch.compile``. None: where it saves time, see
+            :mod:`thanos.recovery.compiling`. It changes the result only by rounding errors.
         calibration: source of the text, as for pruning.
         samples: number of sequences, those held out included.
         sequence_length: tokens of a sequence.
@@ -120,6 +122,12 @@ class RecoveryRecipe:
         "With torchrun, divide the pruned model and the optimizer's state over the processes (FSDP)",
         Heading.RECOVERY,
         default="each process holds a copy",
+    )
+    compile: bool | None = setting(
+        None,
+        "Compile the blocks with torch.compile: about 15 s at the start, and faster steps",
+        Heading.RECOVERY,
+        default="on CUDA for 100 steps or more",
     )
     calibration: str = _as_prune("calibration")
     samples: int = _as_prune("samples")

@@ -23,6 +23,7 @@ from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
 from thanos.model.loading import check_token_ids, end_of_text_id
 from thanos.model.opening import OpenedModel
 from thanos.model.source import ModelSource, find_local
+from thanos.recovery.compiling import check_compile, use_compiler
 from thanos.recovery.distance import Distillation
 from thanos.recovery.generated import kept_sequences
 from thanos.recovery.guard import Guard
@@ -133,6 +134,7 @@ def recover(
     with resource_errors(*memory_advice(recipe)), join(device) as world, ExitStack() as stack:
         check_split(recipe, world.size)
         check_shard(recipe, device)
+        check_compile(recipe)
         job = _Job(recipe, device, resume, overwrite, work, meter, emit if world.rank == 0 else EventStream(), world)
         sources = resolve_pair(model, dense, trust_remote_code=trust)
         now = describe(recipe.to_dict(), describe_models(*sources), device)
@@ -199,7 +201,7 @@ def _recover(
             emit.log_to(work.model / LOG_NAME)
             for note in notes:
                 emit(Event(kind="note", phase="load", message=note))
-        guard, ended = _train(pair, calibration, job)
+        guard, ended = _train(pair, calibration, job, notes)
         result = Trained(pair, calibration, recipe, guard, ended, notes)
         return world.from_first(lambda: _finish(result, job))
 
@@ -230,8 +232,8 @@ def _calibrate(pair: Pair, parent: ModelSource, job: _Job, given: Calibration | 
     return made
 
 
-def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]:
-    """Train; return the guard with its history, and the reason for an early end (empty if there was none)."""
+def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) -> tuple[Guard, str]:
+    """Train; return the guard and the reason for an early end, empty if there was none. Remarks are added to ``notes``."""
     from thanos.recovery.trainer import Training, micro_batch
 
     recipe, work, pruned = job.recipe, job.work, pair.pruned
@@ -253,10 +255,11 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
     if job.leads:
         work.tidy_states(guard.best["step"] if history else 0)
     module = Distillation(pruned.meta_model, pair.dense.meta_model)
-    bos, device, emit = calibration.bos_ids, job.device, job.emit
-    training = Training(module, masks, ids, bos, pair.size, guard, recipe, work, device, job.world, emit, job.meter)
     if newest is not None and history[-1]["step"] >= recipe.steps:
         return guard, ""
+    compiled = use_compiler(recipe, job.device, module, notes, job.emit)
+    arguments = (recipe, work, job.device, job.world, job.emit, job.meter, compiled)
+    training = Training(module, masks, ids, calibration.bos_ids, pair.size, guard, *arguments)
     with job.meter.phase("train"):
         try:
             ended = training.run(newest)

@@ -1,0 +1,107 @@
+"""A recovery through ``torch.compile``: the same training up to rounding, and where it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import thanos
+from helpers import tiny_model
+from recovering import read, settings
+from thanos.model.experts import unfuse
+from thanos.recovery import compiling
+from thanos.recovery.distance import Distillation
+
+pytest.importorskip("accelerate", reason="the extra recover is not installed")
+
+CUDA = torch.device("cuda")
+
+
+def module(**changes: Any) -> Distillation:
+    return Distillation(tiny_model("llama", seed=1, **changes), tiny_model("llama", seed=0))
+
+
+def wanted(text: Path, module: Distillation, device: torch.device = CUDA, **changes: Any) -> bool:
+    recipe = settings(text, **{"epochs": 100} | changes)
+    return compiling._wanted(recipe, device, module)
+
+
+@pytest.mark.slow
+def test_compiled_code_gives_the_same_training_up_to_rounding(
+    pruned: Path,
+    tiny_llama: Path,
+    text_file: Path,
+    recovered: tuple[Path, thanos.RecoveryReport],
+    tmp_path: Path,
+) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    recipe = dataclasses.replace(settings(text_file), compile=True)
+    report = thanos.recover(pruned, tmp_path / "out", dense=tiny_llama, recipe=recipe)
+    assert counters["frames"]["ok"] >= 3  # the student's blocks, the teacher's, and the divergence
+    assert not report.warnings
+    plain_folder, plain = recovered
+    for entry, other in zip(report.history, plain.history, strict=True):
+        assert entry["held_out"] == pytest.approx(other["held_out"], rel=1e-4)
+    expected = read(plain_folder)
+    for name, tensor in read(tmp_path / "out").items():
+        assert ((tensor == 0) == (expected[name] == 0)).all(), name
+        # The rate is 1e-3 and there are six steps, so a wrong gradient would differ by far more.
+        torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=1e-2, atol=2e-4)
+
+
+def test_the_blocks_run_as_before_afterwards() -> None:
+    models = module()
+    block = models.student.get_submodule("model.layers.0")
+    assert block._compiled_call_impl is None
+    with compiling.compiled(models):
+        assert block._compiled_call_impl is not None
+    assert block._compiled_call_impl is None
+
+
+def test_it_is_used_where_it_saves_time(text_file: Path) -> None:
+    assert wanted(text_file, module())
+    assert not wanted(text_file, module(), torch.device("cpu"))
+    assert not wanted(text_file, module(), epochs=3)
+    assert not wanted(text_file, module(), shard=True)
+    experts = [tiny_model("mixtral", seed=seed) for seed in (1, 0)]
+    for model in experts:
+        unfuse(model)  # as a recovery opens them
+    assert not wanted(text_file, Distillation(*experts))
+    assert not wanted(text_file, module(), compile=False)
+    assert wanted(text_file, module(), torch.device("cpu"), compile=True)
+
+
+def test_blocks_of_many_kinds_are_not_compiled(text_file: Path) -> None:
+    many = module(num_hidden_layers=6)
+    for number, block in enumerate(many.student.model.layers):
+        block.mlp.up_proj = torch.nn.Linear(8, 8 + number)
+    assert not wanted(text_file, many)
+
+
+def test_without_a_compiler_the_training_runs_and_says_so(
+    pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no C++ compiler was found\nand more")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    events: list[thanos.Event] = []
+    recipe = dataclasses.replace(settings(text_file), compile=True)
+    report = thanos.recover(pruned, tmp_path / "out", dense=tiny_llama, recipe=recipe, on_event=events.append)
+    line = (
+        "torch.compile does not work here, so the training runs without it, which is slower: no C++ compiler was found"
+    )
+    assert line in report.warnings
+    assert [event.message for event in events if event.kind == "note"].count(line) == 1
+    assert report.held_out_after < report.held_out_before
+
+
+def test_compile_and_shard_are_refused(text_file: Path) -> None:
+    with pytest.raises(thanos.errors.RecipeError, match="compile does not work with shard"):
+        compiling.check_compile(settings(text_file, compile=True, shard=True))
