@@ -26,7 +26,7 @@ def run(model: Path, dense: Path, out: Path, settings: dict[str, Any], moment: t
     """
     torch.set_num_threads(threads)
     kind, number = moment
-    watch.CHECKPOINT_SECONDS = 0.0
+    watch.CHECKPOINT_SECONDS, watch.CHECKPOINT_FRACTION = 0.0, float("inf")
     write, complete = RecoveryFolder.write_best, RecoveryFolder.complete_checkpoint
 
     def write_best(self: RecoveryFolder, step: int, *args: Any) -> None:

@@ -33,7 +33,7 @@ def main(job: dict[str, Any]) -> None:
             os._exit(7)
 
     Guard.measure = watched
-    watch.CHECKPOINT_SECONDS = 0.0
+    watch.CHECKPOINT_SECONDS, watch.CHECKPOINT_FRACTION = 0.0, float("inf")
     recipe = thanos.RecoveryRecipe(**job["settings"])
     thanos.recover(job["model"], job["out"], dense=job["dense"], recipe=recipe, resume=True, on_event=stop)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ def _checkpoint_after_each_epoch() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(watch, "CHECKPOINT_FRACTION", math.inf)
         yield
 
 

@@ -150,6 +150,14 @@ def test_no_checkpoint_is_written_sooner_than_it_pays(
         assert (tmp_path / "out2" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_checkpoints_take_a_small_part_of_the_time(
+    pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "CHECKPOINT_FRACTION", 0.0)  # the first one takes more than nothing, so no other follows
+    work = interrupted(pruned, tmp_path / "out2", tiny_llama, settings(text_file), 5)
+    assert work.finished == 2
+
+
 def test_an_interrupted_run_is_neither_continued_nor_deleted_unasked(
     pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,10 @@ CHECKPOINT_SECONDS = 60.0
 """Least time between two checkpoints, in seconds. They are written at the end of an epoch. A checkpoint takes longer than an
 epoch of a small model, so checkpoints after every epoch would take most of the run."""
 
+CHECKPOINT_FRACTION = 0.1
+"""Largest part of the time that checkpoints take: the next one is written when the last one took at most this fraction of the
+time since then."""
+
 READ_SECONDS = 0.5
 """Seconds between two readings of the losses on CUDA."""
 
@@ -46,6 +50,7 @@ class Watch(TrainerCallback):
         self._loss: Any = 0.0
         self._unread: list[Tensor] = []
         self._read = self._saved = time.monotonic()
+        self._began, self._cost = 0.0, 0.0
         self._epoch_loss, self._resumed = 0.0, 0
         self._masked: list[tuple[Tensor, Tensor]] = []
 
@@ -91,9 +96,13 @@ class Watch(TrainerCallback):
         elif whole_epoch:
             self._measure(state, self._epoch_loss)
             self._epoch_loss = 0.0
-            control.should_save = training.world.from_first(
-                lambda: time.monotonic() - self._saved >= CHECKPOINT_SECONDS
-            )
+            control.should_save = training.world.from_first(self._saves)
+            self._began = time.monotonic()
+
+    def _saves(self) -> bool:
+        """Whether to write a checkpoint now."""
+        since = time.monotonic() - self._saved
+        return since >= CHECKPOINT_SECONDS and self._cost <= CHECKPOINT_FRACTION * since
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the best state, and mark the checkpoint as complete."""
@@ -104,6 +113,7 @@ class Watch(TrainerCallback):
             if training.world.rank == 0:
                 training.folder.complete_checkpoint(state.global_step, training.guard.best["step"])
         self._saved = time.monotonic()
+        self._cost = self._saved - self._began
 
     def _reads(self) -> bool:
         """Whether to read the losses of the last steps now. On CUDA that synchronises with the device, so it is done rarely."""
