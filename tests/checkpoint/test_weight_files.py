@@ -19,11 +19,13 @@ from helpers import save_tiny, tiny_model
 from thanos.calibration.making import make_calibration
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
+from thanos.cli import run
 from thanos.errors import ModelError
 from thanos.evaluation.inspect import inspect_checkpoint
 from thanos.evaluation.perplexity import evaluate
+from thanos.model import loading
 from thanos.model.fingerprint import model_sha256
-from thanos.model.loading import load_model
+from thanos.model.loading import adapter_notes, load_model
 from thanos.model.source import ModelSource, resolve_model
 from thanos.planning.plan import plan
 
@@ -268,11 +270,52 @@ def test_a_gguf_file_of_a_clone_without_git_lfs(tmp_path: Path) -> None:
         resolve_model(tmp_path / "m.gguf")
 
 
-def test_an_adapter_among_the_weights_is_named(single: Path, text_file: Path) -> None:
-    state = load_file(single / "model.safetensors")
+def with_adapter(folder: Path) -> None:
+    """Add a tensor of an adapter to the weights of a folder."""
+    state = load_file(folder / "model.safetensors")
     state["model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(2, 32)
-    save_file(state, single / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_adapter_among_the_weights_is_named(single: Path, text_file: Path) -> None:
+    with_adapter(single)
     recipe = thanos.Recipe(method="magnitude", calibration=str(text_file), samples=1, sequence_length=16, device="cpu")
     report = thanos.prune(single, single.parent / "out", recipe)
     [note] = [line for line in report.warnings if "adapter" in line]
     assert note.startswith("the weights contain an adapter (1 tensor, such as model.layers.0.self_attn.q_proj.lora_A")
+
+
+def test_every_command_that_loads_a_model_names_the_adapter_among_its_weights(
+    single: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_tiny(tmp_path / "plain")
+    text = ["--text", str(text_file), "--sequence-length", "16", "--max-windows", "1", "--device", "cpu"]
+    decode = ["--context", "4", "--new-tokens", "1", "--device", "cpu"]
+    said = {}
+    for adapter in (False, True):
+        if adapter:
+            with_adapter(single)
+        for words in (
+            ["eval", str(single), *text],
+            ["eval", str(other), "--dense", str(single), *text],
+            ["bench", "decode", str(single), *decode],
+        ):
+            assert run(words) == 0
+            said[adapter, tuple(words)] = capsys.readouterr().err
+    note = (
+        f"the weights of {single.name} contain an adapter (1 tensor, such as "
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight), which transformers does not read: it has no effect; merge "
+        "it first if it belongs to the model"
+    )
+    for (adapter, words), lines in said.items():
+        assert lines.count(note) == lines.count("adapter") == adapter, (words, lines)
+
+
+def test_parameters_of_the_model_itself_are_no_adapter_without_effect(
+    single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_adapter(single)
+    assert len(adapter_notes(resolve_model(single))) == 1
+    own = torch.nn.ModuleDict({"q_proj": torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 2)})})
+    monkeypatch.setattr(loading, "build_fused_model", lambda *_, **__: torch.nn.ModuleDict({"layer": own}))
+    assert adapter_notes(resolve_model(single)) == []

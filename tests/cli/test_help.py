@@ -16,6 +16,7 @@ from thanos.cli.app import app
 from thanos.cli.options import given
 from thanos.errors import RecipeError
 from thanos.recipe import Repair
+from thanos.registry.pattern_rows import PATTERNS
 from thanos.settings import Heading, in_words, settings_of, value_types
 
 HEADINGS = {
@@ -244,6 +245,26 @@ def test_a_setting_may_be_repeated_where_a_command_compares_its_values() -> None
     assert given(params) == {
         "method": ("wanda", "thanos"), "block_size": (8, 16), "seed": 0, "repeats": 5,
     }  # fmt: skip
+
+
+def test_the_benchmark_of_a_layer_lists_the_patterns_that_a_single_matrix_can_have(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    listed = entries(shown("bench layer", capsys))["--pattern"]
+    names = re.findall(r"([\w:]+) \(", listed.partition(": ")[2])
+    assert names[:3] == ["unstructured", "N:M", "columns"]
+    words = {"N:M": "2:4", "heads:N": "heads:4"}
+    tried = {row.name for row in PATTERNS} | {"heads:N"}  # not those that other tests register
+    for name in tried:
+        code = run(
+            [
+                *["bench", "layer", "--shape", "16x16", "--repeats", "1", "--device", "cpu", "--pattern"],
+                words.get(name, name),
+            ]
+        )
+        printed = capsys.readouterr()
+        assert code == (0 if name in names else 2), printed.err
+    assert "0.2" not in entries(shown("bench layer", capsys))["--sparsity"], "every pattern has the same default here"
 
 
 def test_default_names_are_written_as_a_list_in_words() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import pytest
 
 import thanos
 from helpers import save_tiny
+from sparse_matrices import save_pruned
+from thanos.cli import run
 from thanos.cli.output import show_report, show_zero_shot
+from thanos.cli.packed_output import show_packing
 from thanos.cli.tables import print_table
 from thanos.evaluation.tasks import ZeroShot
+from thanos.export.record import LayerPacking, Packing
 
 
 def test_the_summary_of_a_run_tells_after_which_step_its_errors_were_measured(
@@ -79,3 +84,64 @@ def test_a_wide_table_breaks_its_headings_and_not_the_names_of_models(capsys: py
     assert sum("(unit)" in line for line in lines) == 1  # all units are in the second line
     print_table(("Model", "on disk (MB)"), [(name, "269")])
     assert "on disk (MB)" in capsys.readouterr().out
+
+
+def cells(line: str) -> list[str]:
+    return re.split(r"\s{2,}", line.strip())
+
+
+def test_packed_layers_are_shown_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def layer(name: str, columns: int, share: int = 50, reason: str = "", n: int | None = 16) -> LayerPacking:
+        form = "" if reason else "bitmap" if n is None else "fixed"
+        return LayerPacking(
+            name=name, rows=4, columns=columns, format=form, n=None if reason else n, nbytes=share, dense_bytes=100,
+            reason=reason,
+        )  # fmt: skip
+
+    layers = [
+        layer("model.layers.0.mlp.fc1", 8),
+        layer("model.layers.0.mlp.fc2", 16),
+        layer("model.layers.1.mlp.fc1", 8, 70),
+        layer("model.layers.1.mlp.fc2", 16, n=None),
+        layer("model.layers.2.mlp.fc1", 8, 100, "too dense: packed it would take 97 % of its bytes"),
+        layer("model.layers.2.mlp.fc2", 16),
+        layer("model.layers.3.mlp.fc1", 8, 100, "too dense: packed it would take 95 % of its bytes"),
+        *[
+            layer(f"model.layers.{block}.mlp.experts.{each}.up", 8, 100, "an expert: of a mixture")
+            for block in range(2)
+            for each in range(3)
+        ],
+        layer("lm_head", 8, 100, "shares its weight with the input embedding"),
+    ]
+    report = Packing(thanos_version="1", layers=layers, nbytes=5, dense_bytes=10, dense={})
+    show_packing(report, tmp_path / "out", tmp_path / "p.json")
+    head, _, *rows = [cells(line) for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert head == ["kind of layer", "layers", "shape", "format", "bytes", "stays dense because"]
+    assert rows[:6] == [
+        ["mlp.fc1", "2", "4 × 8", "fixed 16:32", "60.0 %", "-"],
+        ["mlp.fc2", "2", "4 × 16", "fixed 16:32", "50.0 %", "-"],
+        ["mlp.fc2", "1", "4 × 16", "bitmap", "50.0 %", "-"],
+        [
+            "mlp.fc1",
+            "2",
+            "4 × 8",
+            "dense",
+            "-",
+            "too dense: packed it would take 97 % of its bytes (the first of them)",
+        ],
+        ["mlp.experts.#.up", "6", "4 × 8", "dense", "-", "an expert: of a mixture"],
+        ["lm_head", "1", "4 × 8", "dense", "-", "shares its weight with the input embedding"],
+    ]
+    assert rows[6] == ["packed layers", "5 of 14"]
+    assert [one["name"] for one in json.loads((tmp_path / "p.json").read_bytes())["layers"]] == [
+        one.name for one in layers
+    ]
+
+
+def test_pack_prints_no_more_rows_for_more_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = []
+    for blocks in (2, 4):
+        model = save_pruned(tmp_path / f"model{blocks}", "llama", num_hidden_layers=blocks)
+        assert run(["pack", str(model), str(tmp_path / f"out{blocks}"), "--least-weights", "1", "--quiet"]) == 0
+        lines.append(len(capsys.readouterr().out.splitlines()))
+    assert lines[0] == lines[1]

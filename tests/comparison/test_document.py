@@ -12,7 +12,7 @@ import pytest
 
 from thanos.cli import run
 from thanos.comparison.document import Comparison, Row, read_comparisons
-from thanos.comparison.report import build_report, write_document
+from thanos.comparison.report import PAGE, build_report, write_document
 from thanos.errors import DataError
 from thanos.study.report.page import render_page
 
@@ -29,8 +29,8 @@ SETTINGS: dict[str, Any] = {
 MACHINE = {"device": "cpu", "date": "2026-01-01", "commit": None, "versions": {}, "threads": 1}
 
 
-def written(folder: Path) -> Path:
-    rows = [Row(label="a", weight_bytes=2, evaluation={"perplexity": 3.0})]
+def written(folder: Path, label: str = "a") -> Path:
+    rows = [Row(label=label, weight_bytes=2, evaluation={"perplexity": 3.0})]
     write_document([Comparison(command="", machine=MACHINE, settings=SETTINGS, rows=rows)], folder)
     return folder / "comparison.json"
 
@@ -92,3 +92,64 @@ def test_options_that_measure_are_refused_for_earlier_runs(
     assert run(["compare", str(written(tmp_path)), *option, "--out", str(tmp_path / "c")]) == 2
     assert "only drawn" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("matplotlib", reason="the extra report is not installed")
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    return tmp_path / "current"
+
+
+@pytest.mark.parametrize("name", ["..", "../comparison.json"])
+def test_the_page_of_one_document_is_made_again_beside_it(
+    name: str, current: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = written(tmp_path).read_bytes()
+    assert run(["compare", name, "--quiet"]) == 0
+    assert files(current) == set()
+    assert (tmp_path / PAGE).is_file()
+    assert (tmp_path / "comparison.json").read_bytes() == before
+    assert f"../{PAGE}" in capsys.readouterr().out
+
+
+def test_one_page_of_several_documents_is_in_the_folder_of_a_measurement(
+    current: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = written(tmp_path / "first"), written(tmp_path / "second", "b")
+    for _ in range(2):  # the folder has the same measurements then
+        assert run(["compare", str(first), str(second), "--quiet"]) == 0
+        assert f"comparison/{PAGE}" in capsys.readouterr().out
+    assert {name.split("/")[0] for name in files(current)} == {"comparison"}
+    assert len(read_comparisons([current / "comparison"])) == 2
+    assert files(tmp_path / "first") == files(tmp_path / "second") == {"comparison.json"}
+
+
+def test_drawing_replaces_no_measurements_without_out(
+    current: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = written(tmp_path / "first"), written(tmp_path / "second", "b")
+    kept = written(current / "comparison", "c").read_bytes()
+    renamed = second.rename(tmp_path / "other.json")  # the page of a renamed document goes where no --out leads
+    for given in ([first, renamed], [renamed]):
+        assert run(["compare", *map(str, given), "--quiet"]) == 2
+        assert capsys.readouterr().err == (
+            "error: comparison/comparison.json has measurements that are in none of these files, and would be replaced; "
+            "give it too, or give --out with another folder\n"
+        )
+        assert (current / "comparison/comparison.json").read_bytes() == kept
+    assert run(["compare", "comparison", str(first), "--quiet"]) == 0
+    assert [one.rows[0].label for one in read_comparisons([current / "comparison"])] == ["c", "a"]
+
+
+def test_a_page_is_not_drawn_into_a_models_folder(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["compare", str(written(tmp_path)), "--out", str(tiny_llama / "c")]) == 2
+    assert "is inside the folder of another model" in capsys.readouterr().err
+    assert not (tiny_llama / "c").exists()

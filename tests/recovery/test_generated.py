@@ -195,6 +195,8 @@ def test_parts_are_not_generated_again(tiny_llama: Path, monkeypatch: pytest.Mon
         again = generate_sequences(model, text, (1,), 8, 7, 0, events.append, done=parts[:count])
         assert torch.equal(again, whole)
         assert [event.done for event in events] == [6, 8][count - 1 :], "only what is missing is generated"
+        length = 1 + 40 - 1  # BOS and a piece of the text without its first token
+        assert [event.tokens for event in events] == [(event.done - 3 * count) * length for event in events]
         assert torch.equal(torch.get_rng_state(), before), "the state of other programs' draws is their own"
 
 
@@ -240,6 +242,8 @@ def test_an_interrupted_generation_goes_on_with_the_next_part(
     report = thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, resume=True, on_event=events.append)
     made = [event.done for event in events if event.phase == "generate" and event.kind == "progress"]
     assert made == [6, 8][count - 1 :]
+    [begun] = [event.done for event in events if event.phase == "generate" and event.kind == "phase"] or [8]
+    assert begun == min(8, 3 * count), "the time left is reckoned from what this run generates"
     assert not any(event.message.startswith("there is nothing to resume") for event in events)
     whole = thanos.recover(pruned, tmp_path / "whole", dense=tiny_llama, recipe=recipe)
     assert report.history == whole.history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -193,12 +194,17 @@ def test_no_accelerate(pruned: Path, tiny_llama: Path, text_file: Path, tmp_path
     )
 
 
+@pytest.mark.parametrize("how", [{}, {"generate": 4}, {"calibration": "self"}], ids=str)
 @pytest.mark.parametrize("which", ["pruned", "dense"])
-def test_nan_in_a_weight(which: str, pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+def test_nan_in_a_weight(
+    which: str, how: dict[str, Any], pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
     folders = {"pruned": copy(pruned, tmp_path / "p"), "dense": copy(tiny_llama, tmp_path / "d")}
     edit(folders[which], lambda t: t["model.norm.weight"][:1].fill_(torch.nan))
-    with pytest.raises(NumericsError, match=r"model\.norm\.weight holds NaN or infinity"):
-        thanos.recover(folders["pruned"], tmp_path / "out2", dense=folders["dense"], recipe=settings(text_file))
+    recipe, name = settings(text_file, **how), {"pruned": "OUT", "dense": "the dense model"}[which]
+    said = rf"^{name} {re.escape(str(folders[which]))}: model\.norm\.weight holds NaN or infinity"
+    with pytest.raises(NumericsError, match=said):
+        thanos.recover(folders["pruned"], tmp_path / "out2", dense=folders["dense"], recipe=recipe)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "p"]
 
 

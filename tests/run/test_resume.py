@@ -303,6 +303,27 @@ def test_an_interrupted_run_is_neither_continued_nor_deleted_unasked(left: Path,
     assert "--resume continues it, --overwrite starts over" in line
 
 
+def test_a_plan_beside_it_changes_nothing_and_a_note_says_of_what_it_is(
+    left: Path, model: Path, text_file: Path
+) -> None:
+    before, notes = state(left.parent), list[str]()
+
+    def hear(event: thanos.Event) -> None:
+        if event.kind == "note":
+            notes.append(event.message)
+
+    planned = thanos.plan(model, left.parent / "out", recipe(text_file), on_event=hear)
+    assert planned.blocks == BLOCKS
+    assert state(left.parent) == before
+    [note] = [note for note in notes if "interrupted" in note]
+    assert note.startswith("the plan is of a whole run; an interrupted run of OUT out finished 2 of 4 blocks; --resume")
+    thanos.plan(model, left.parent / "out", recipe(text_file), overwrite=True, on_event=hear)
+    assert len([note for note in notes if "interrupted" in note]) == 1, (
+        "with --overwrite the whole run is what was asked"
+    )
+    assert state(left.parent) == before
+
+
 def test_another_recipe_is_refused_naming_every_difference(left: Path, model: Path, text_file: Path) -> None:
     line = refuses(left, model, recipe(text_file, sparsity=0.6, seed=3, targets=("layers.*",)), resume=True)
     assert "sparsity 0.5 → 0.6; " in line
@@ -310,6 +331,7 @@ def test_another_recipe_is_refused_naming_every_difference(left: Path, model: Pa
     assert "targets ['layers.*', 'lm_head'] → ['layers.*']" in line
     assert "samples" not in line
     assert "--overwrite to start over" in line
+    assert line.endswith("give the original command with --resume, or, instead of --resume, --overwrite to start over")
 
 
 def test_other_calibration_text_is_refused(left: Path, model: Path, text_file: Path) -> None:

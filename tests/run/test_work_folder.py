@@ -150,8 +150,9 @@ def test_publish_refuses_what_came_meanwhile(tmp_path: Path) -> None:
     work = filled(out)
     out.mkdir()
     (out / "config.json").write_text("someone else's")
-    with pytest.raises(UserError, match=r"out was created.*--resume"):
+    with pytest.raises(UserError, match=r"out was created.*--resume") as refused:
         work.publish(overwrite=False)
+    assert "give both options: --resume takes the result, --overwrite lets it replace OUT" in str(refused.value)
     assert (out / "config.json").read_text() == "someone else's"
     assert (work.model / "config.json").read_text() == "new", "the work is not lost"
 

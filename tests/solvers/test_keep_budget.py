@@ -192,3 +192,34 @@ def test_a_pruned_model_verifies_and_reports_its_budget(
     assert found.totals["sparsity_targeted"] == 0.5
     assert thanos.Recipe.from_toml(out / "recipe.toml").keep_budget
     assert "12.50 %, more removed from the other rows" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "table", "noted"),
+    [
+        (["--keep-budget"], "", True),
+        ([], '[[override]]\nmatch = "*q_proj"\nkeep_budget = true\n', True),
+        (["--keep-budget"], '[[override]]\nmatch = "*q_proj"\noutlier_rows = 0.125\n', False),
+        (["--keep-budget", "--outlier-rows", "0.125"], "", False),
+        ([], "", False),
+    ],
+)
+def test_without_outlier_rows_a_note_says_that_it_has_no_effect(
+    options: list[str],
+    table: str,
+    noted: bool,
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "r.toml").write_text(f'method = "magnitude"\n{table}')
+    shape = ["--samples", "4", "--sequence-length", "32", "--device", "cpu", "--recipe", str(tmp_path / "r.toml")]
+    command = ["prune", str(tiny_llama), str(tmp_path / "out"), "--calibration", str(text_file), *shape, *options]
+    note = "keep_budget has no effect, since no layer has outlier rows; set outlier_rows too, or leave keep_budget out"
+    for ending in (["--plan"], []):
+        assert run([*command, "--quiet", *ending]) == 0
+        assert capsys.readouterr().err.count(note) == noted
+    report = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert report["warnings"].count(note) == noted
+    assert "0.00 %, more removed" not in (tmp_path / "out/README.md").read_text()

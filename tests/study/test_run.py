@@ -669,6 +669,61 @@ def test_a_study_with_failed_cells_exits_with_1(
     assert (said == "") if not words else re.fullmatch(f"error: {words}", said), said
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_study_that_is_ended_says_how_it_continues(
+    number: signal.Signals,
+    code: int,
+    word: str,
+    tmp_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write(tmp_path, GRID + 'method = "magnitude"\nsparsity = [0.25, 0.5]\n')
+    arguments = ["study", str(path), str(tmp_path / "out"), "--data", str(data), "--devices", "cpu"]
+    original = PlainLines.__call__
+
+    def show(self: PlainLines, event: StudyEvent) -> None:
+        original(self, event)
+        if event.record is not None:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainLines, "__call__", show)
+        for left in (3, 2):
+            assert run(arguments) == code
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert said == f"error: {word}; 1 of {left} cells of this run are finished, the same command continues"
+    assert run(arguments) == 0
+    assert len(read_store(tmp_path / "out").done) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (UserError("a mistake"), ""),
+        (OSError(28, "No space left on device"), "; 1 of 3 cells of this run are finished, the same command continues"),
+    ],
+)
+def test_an_error_of_a_study_says_how_it_continues_if_that_can_help(
+    error: Exception, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: Any, on_event: Any, **__: Any) -> None:
+        on_event(StudyEvent(message="a note"))
+        on_event(StudyEvent(done=1, total=3))
+        on_event(StudyEvent(message="another note"))
+        raise error
+
+    monkeypatch.setattr(runner, "run_study", failing)
+    assert run(["study", "a.toml", str(tmp_path / "out"), "--quiet"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ")
+    assert ("cells of this run" in said) is bool(hint)
+    assert said.endswith(hint)
+
+
 @pytest.mark.parametrize("start", [0.0, 1e9, -1e9])
 def test_progress_is_throttled_and_notes_are_not(start: float) -> None:
     told: list[Any] = []

@@ -179,6 +179,18 @@ def test_the_rest_is_reckoned_by_blocks_that_were_pruned_not_by_those_taken_over
     assert position.remaining(106.0) == 300.0
 
 
+def test_blocks_that_do_not_run_count_as_no_work() -> None:
+    """A removed block has one event, at its end."""
+    position = Position()
+    position(Event(kind="block", phase="propagate", block=0, blocks=10, seconds=0.5))
+    assert position.remaining(0.5) is None
+    position(Event(kind="phase", phase="statistics", block=1, blocks=10, seconds=1.0))
+    position(Event(kind="block", phase="propagate", block=1, blocks=10, seconds=101.0))
+    for block in (2, 3):
+        position(Event(kind="block", phase="propagate", block=block, blocks=10, seconds=101.0))
+        assert position.remaining(101.0) == 100.0 * (9 - block)
+
+
 def test_a_resumed_run_adds_to_the_log_after_its_torn_line(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = thanos.Recipe(calibration=str(text_file), samples=4, sequence_length=32, device="cpu")
 

@@ -80,16 +80,20 @@ def generate_sequences(
     begun = begin_windows(text[rows, columns], bos)
     length = len(bos) + segment
     parts, made = [*done], None
+    kept = sum(len(part.ids) for part in parts)
     batch = len(parts[-1].ids) if parts else PIECES[model.device.type]
 
     def add(part: Part) -> None:
         keep(part)
         parts.append(part)
 
+    def report(event: Event) -> None:
+        emit(replace(event, tokens=event.tokens - kept * length))  # of this call alone, for the rate
+
     while made is None:
         try:
             before = tuple(parts)
-            made = continue_prompts(model, begun, length, seed, pad, batch, phase, emit, done=before, keep=add)
+            made = continue_prompts(model, begun, length, seed, pad, batch, phase, report, done=before, keep=add)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise

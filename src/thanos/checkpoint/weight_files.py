@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_down.", ".lora_magnitude_vector")
 """Parts of the names of a low-rank adapter's tensors."""
+
+MERGE = "merge it first if it belongs to the model"
+"""What to do about an adapter among a model's weights."""
 
 
 _POINTER = b"version https://git-lfs.github.com/"
@@ -184,6 +187,16 @@ def _adapter(folder: Path, files: Collection[str], weights: Iterable[str]) -> st
 def is_adapters(key: str) -> bool:
     """Return whether a tensor belongs to a low-rank adapter, by its name."""
     return any(part in key for part in _LORA)
+
+
+def adapter_without_effect(keys: Sequence[str], of: str = "") -> str:
+    """Return the note on an adapter's tensors among a model's weights, without its end.
+
+    ``keys`` are the tensors' names. ``of`` names the model if there may be several.
+    """
+    count = f"{len(keys)} {'tensor' if len(keys) == 1 else 'tensors'}"
+    which = f"weights of {of}" if of else "weights"
+    return f"the {which} contain an adapter ({count}, such as {keys[0]}), which transformers does not read: it has no effect"
 
 
 def _keys(path: Path) -> list[str]:

@@ -37,7 +37,15 @@ _PLURALS = {"method": "methods", "pattern": "patterns", "block_size": "block_siz
     repeated=_PLURALS,
     changed={
         "method": {"default": in_words(_METHODS)},
-        "pattern": {"default": in_words(_PATTERNS)},
+        "pattern": {
+            "default": in_words(_PATTERNS),
+            "choices": lambda: [
+                f"{row.matrix_name or row.name} ({row.help})"
+                for row in registry.patterns()
+                if row.matrix_name is not None
+            ],
+        },
+        "sparsity": {"default": "0.5; some patterns set their own"},
         "seed": {"help": "Seed of the random layer", "heading": Heading.LAYER},
     },
 )

@@ -49,8 +49,15 @@ def compare(
     ],
     *,
     out: Annotated[
-        Path, option("Folder for comparison.html, comparison.json, tables and figures", Heading.OUTPUT, "DIR", "--out")
-    ] = Path("comparison"),
+        Path | None,
+        option(
+            "Folder for comparison.html, comparison.json, tables and figures",
+            Heading.OUTPUT,
+            "DIR",
+            "--out",
+            default="comparison; for a single comparison.json its own folder",
+        ),
+    ] = None,
     quantised: Annotated[
         str,
         option(
@@ -124,6 +131,8 @@ def compare(
             "--quantised, --prompts, --tasks and --compile measure models, and comparisons of earlier runs are only drawn; "
             "leave them out, or give models"
         )
+    out = out or _folder(models, earlier)
+    comparison_output.check_writable_folder(out)
     with display.watch(quiet=quiet) as watcher:
         if earlier is not None:
             runs = earlier
@@ -134,7 +143,6 @@ def compare(
 
             if tasks is None and (task_folder is not None or limit is not None):
                 raise DataError("--task-folder and --limit need --tasks; name the tasks")
-            comparison_output.check_writable_folder(out)
             request = Request(
                 text=text,
                 sequence_length=sequence_length,
@@ -180,6 +188,36 @@ def _rest(measured: int, out: Path) -> str:
 
     models = "the first model" if measured == 1 else f"the first {measured} models"
     return f"{out} has the measurements of {models}; measure the first model and those that are left {APART}"
+
+
+def _folder(models: list[str], earlier: list[Comparison] | None) -> Path:
+    """Return the folder to write if the user names none: the page of one document is made again in the document's folder.
+
+    Raises DataError if documents are drawn and the default folder has measurements that are in none of them.
+    """
+    from thanos.comparison.document import NAME
+
+    folder, first = Path("comparison"), Path(models[0])
+    if earlier is None:
+        return folder
+    if len(models) == 1 and (first.is_dir() or first.name == NAME):
+        return first if first.is_dir() else first.parent
+    if (folder / NAME).is_file() and not _holds_only(folder, earlier):
+        raise DataError(
+            f"{folder / NAME} has measurements that are in none of these files, and would be replaced; give it too, or give "
+            "--out with another folder"
+        )
+    return folder
+
+
+def _holds_only(folder: Path, runs: list[Comparison]) -> bool:
+    """Return whether every run of the folder's document is among ``runs``; False if the document cannot be read."""
+    from thanos.comparison.document import read_comparisons
+
+    try:
+        return all(run in runs for run in read_comparisons([folder]))
+    except DataError:
+        return False
 
 
 def _earlier(models: list[str]) -> list[Comparison] | None:

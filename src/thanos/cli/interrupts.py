@@ -23,19 +23,28 @@ class EndedEarly(Exception):  # noqa: N818  an interruption is not an error
         blocks: total number of these units.
         unit: the name of the unit, in the plural.
         prepared: whether a resumed run can reuse something although no unit is finished.
+        same: whether the same command continues, without ``--resume``.
     """
 
     def __init__(
-        self, error: BaseException, finished: int, blocks: int, unit: str = "blocks", prepared: bool = False
+        self,
+        error: BaseException,
+        finished: int,
+        blocks: int,
+        unit: str = "blocks",
+        prepared: bool = False,
+        *,
+        same: bool = False,
     ) -> None:
         super().__init__(str(error))
-        self.prepared = prepared
+        self.prepared, self.same = prepared, same
         self.error, self.finished, self.blocks, self.unit = error, finished, blocks, unit
 
     def hint(self, again: str) -> str:
         """Return the end of the error line: the number of finished blocks and the command to resume, if that can help."""
         if (self.finished or self.prepared) and not recurs(self.error):
-            return f"; {self.finished} of {self.blocks} {self.unit} are finished, continue with: {again}"
+            how = "the same command continues" if self.same else f"continue with: {again}"
+            return f"; {self.finished} of {self.blocks} {self.unit} are finished, {how}"
         return "; no files are left" if isinstance(self.error, KeyboardInterrupt) else ""
 
 
@@ -49,9 +58,14 @@ def resumable(work: WorkFolder) -> Iterator[None]:
         with resource_errors():
             yield
     except (KeyboardInterrupt, Exception) as error:
-        if isinstance(error, UserError) and not isinstance(error, ResourceError):
-            raise  # resuming cannot help: the request itself must change
+        if needs_another_request(error):
+            raise
         raise EndedEarly(error, work.finished, work.run.get(work.unit, 0), work.unit, work.prepared) from error
+
+
+def needs_another_request(error: BaseException) -> bool:
+    """Return whether an error ends the same request every time, so that resuming cannot help."""
+    return isinstance(error, UserError) and not isinstance(error, ResourceError)
 
 
 @contextmanager

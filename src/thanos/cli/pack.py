@@ -38,7 +38,7 @@ def pack(
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Write MODEL to OUT with its sparse linear layers packed; show which layers, and why the others stay dense.
+    """Write MODEL to OUT with its sparse linear layers packed; show which kinds of layers, and why the others stay dense.
 
     transformers loads OUT after `import thanos.sparse`.
     """

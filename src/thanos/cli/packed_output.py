@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thanos.cli.tables import print_table, show_rows, to_stdout, write_json
+from thanos.cli.tables import inside_block, print_table, show_rows, to_stdout, write_json
 
 if TYPE_CHECKING:
     from thanos.bench.decode import DecodeReport
@@ -14,19 +15,13 @@ if TYPE_CHECKING:
 
 
 def show_packing(report: Packing, out: Path, json_file: Path | None) -> None:
-    """Print the packed layers, and why others stay dense; write the result as JSON if a file is given."""
+    """Print the packed layers by kind, and why others stay dense; write the result as JSON if a file is given.
+
+    Each layer's own values are in the JSON, and in OUT/packing.json.
+    """
     if not to_stdout(json_file):
-        rows = [
-            (
-                layer.name,
-                f"{layer.rows} × {layer.columns}",
-                f"{layer.format} {layer.n}:32" if layer.n else layer.format or "dense",
-                f"{100 * layer.nbytes / layer.dense_bytes:.1f} %" if layer.format else "-",
-                layer.reason or "-",
-            )
-            for layer in report.layers
-        ]
-        print_table(("layer", "shape", "format", "bytes", "stays dense because"), rows)
+        head = ("kind of layer", "layers", "shape", "format", "bytes", "stays dense because")
+        print_table(head, _packing_rows(report.layers))
     packed = [layer for layer in report.layers if layer.format]
     rows = [
         ("packed layers", f"{len(packed)} of {len(report.layers)}"),
@@ -37,6 +32,23 @@ def show_packing(report: Packing, out: Path, json_file: Path | None) -> None:
     values = report.to_dict()
     del values["dense"]  # the files' headers, which only unpack reads
     show_rows(rows, values, json_file)
+
+
+def _packing_rows(layers: Sequence[LayerPacking]) -> list[tuple[str, ...]]:
+    """Return a row for each kind of layer: those of the same name in all blocks, or in all experts, with the same outcome."""
+    kinds: dict[tuple[str, ...], list[LayerPacking]] = {}
+    for layer in layers:
+        name = re.sub(r"\.\d+\.", ".#.", inside_block(layer.name))
+        form = f"{layer.format} {layer.n}:32" if layer.n else layer.format or "dense"
+        outcome = layer.reason.partition(":")[0]  # reasons of one kind may differ in their numbers
+        kinds.setdefault((name, f"{layer.rows} × {layer.columns}", form, outcome), []).append(layer)
+    rows = []
+    for (name, shape, form, _), found in kinds.items():
+        size, dense = sum(layer.nbytes for layer in found), sum(layer.dense_bytes for layer in found)
+        share = f"{100 * size / dense:.1f} %" if found[0].format else "-"
+        one_of_several = " (the first of them)" if len({layer.reason for layer in found}) > 1 else ""
+        rows.append((name, str(len(found)), shape, form, share, found[0].reason + one_of_several or "-"))
+    return rows
 
 
 def _share_of_bytes(layers: Sequence[LayerPacking]) -> str:

@@ -51,13 +51,14 @@ class Position:
             self._done_before = event.done
         if event.kind == "phase" or (event.block, event.phase) != self._phase:
             self._phase, self._phase_began = (event.block, event.phase), event.seconds
-        if event.block != self._block:
+        begins = event.block != self._block
+        if begins:
             self._block, self._block_began, self.block_error = event.block, event.seconds, ""
             self.tuning = None
         self._tunes |= event.phase == "tune"
         if event.held_out is not None:
             self.tuning = event
-        if event.kind == "block" and not event.replayed:
+        if event.kind == "block" and not event.replayed and not begins:  # a block that does not run has no other event
             self._pruned_seconds += event.seconds - self._block_began
             self._pruned += 1
         if event.kind == "stage":

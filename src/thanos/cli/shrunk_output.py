@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
-from thanos.cli.tables import print_table
+from thanos.cli.tables import inside_block, print_table
 
 if TYPE_CHECKING:
     from thanos.evaluation.shrunk import Change, Shrinkage
@@ -29,7 +28,7 @@ def show_shrinkage(found: Shrinkage) -> None:
     for one in found.blocks:
         if one.parameters is None:
             continue
-        removed = [f"{_inside_block(name)}: {_units(len(units))}" for name, units in one.removed.items()]
+        removed = [f"{inside_block(name)}: {_units(len(units))}" for name, units in one.removed.items()]
         rows.append(
             (
                 *("removed" if index is None else str(index + 1) for index in (one.dense_block, one.block)),
@@ -47,11 +46,6 @@ def show_shrinkage(found: Shrinkage) -> None:
         ("bytes of the weight files", *_cells(found.file_bytes)),
     ]
     print_table((f"against {found.dense}", "before", "after", "removed"), [*sizes, *totals])
-
-
-def _inside_block(name: str) -> str:
-    """Return a layer's name relative to its block, from its full name."""
-    return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def _units(number: int) -> str:

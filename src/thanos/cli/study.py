@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from thanos.cli import interrupts
 from thanos.cli import progress as display
 from thanos.cli.options import Quiet, Threads, check_threads, examples, option
+from thanos.errors import resource_errors
 from thanos.settings import Heading
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def study(
         ]
         tables.print_table(("cell", "state", "tasks"), rows)
         return
-    with watch(quiet=quiet) as watcher:
+    with watch(quiet=quiet) as watcher, _continuable(watcher) as counted:
         found = run_study(
             file,
             out,
@@ -91,13 +93,33 @@ def study(
             devices=[name.strip() for name in devices.split(",") if name.strip()],
             workers=workers,
             threads=threads,
-            on_event=watcher,
+            on_event=counted,
             initialise=display.hush,
         )
     _show(found, out)
     if without := found.count("failed") + found.count("impossible"):
         typer.echo(f"error: {_failures(found, without, out)}", err=True)
         raise typer.Exit(1)
+
+
+@contextmanager
+def _continuable(watcher: Callable[[StudyEvent], None]) -> Iterator[Callable[[StudyEvent], None]]:
+    """Yield ``watcher``, and count its events. Raise EndedEarly, with the number of finished cells, if the study ends early."""
+    done = total = 0
+
+    def counted(event: StudyEvent) -> None:
+        nonlocal done, total
+        if event.total:  # notes about the study as a whole have none
+            done, total = event.done, event.total
+        watcher(event)
+
+    try:
+        with resource_errors():
+            yield counted
+    except (KeyboardInterrupt, Exception) as error:
+        if not total or interrupts.needs_another_request(error):
+            raise
+        raise interrupts.EndedEarly(error, done, total, "cells of this run", prepared=True, same=True) from error
 
 
 def _failures(found: StudyResult, without: int, out: Path) -> str:

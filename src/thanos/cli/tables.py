@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,3 +119,8 @@ def number(value: float | None, digits: int = 5) -> str:
 def score(value: float | None) -> str:
     """Return a cell with a score, or a hyphen if there is none."""
     return "-" if value is None else f"{value:.4f}"
+
+
+def inside_block(name: str) -> str:
+    """Return a layer's name relative to its block, from its full name; the full name of a layer outside the blocks."""
+    return re.sub(r"^.*?\.\d+\.", "", name)

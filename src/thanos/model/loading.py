@@ -10,7 +10,7 @@ import torch
 
 from thanos.checkpoint.gguf_files import describe_split_file, require_packages
 from thanos.checkpoint.reader import SafetensorsCheckpoint
-from thanos.checkpoint.weight_files import adapter_beside
+from thanos.checkpoint.weight_files import MERGE, adapter_beside, adapter_without_effect, is_adapters
 from thanos.errors import DataError, ModelError, is_out_of_memory
 from thanos.model.gguf_mapping import gguf_checkpoint
 from thanos.model.meta_model import build_fused_model, tensor_owners
@@ -121,11 +121,27 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
 
 
 def adapter_notes(source: ModelSource) -> list[str]:
-    """Return the note on an adapter in the folder of a GGUF file; empty if there is none, or for a folder of safetensors."""
-    adapter = None if source.gguf is None else adapter_beside(source.gguf)
-    if source.gguf is None or adapter is None:
+    """Return the note on an adapter without effect; empty if there is none.
+
+    It is in the folder of a GGUF file, or among the weights of a folder of safetensors.
+    """
+    if source.gguf is not None:
+        adapter = adapter_beside(source.gguf)
+        applied = (
+            f"the adapter in the folder of {source.gguf.name}, {adapter}, is not applied: only the GGUF file is read"
+        )
+        return [applied] if adapter else []
+    keys = sorted(key for key in SafetensorsCheckpoint(source.folder).tensors if is_adapters(key))
+    if not keys or _has_own_adapter(source):
         return []
-    return [f"the adapter in the folder of {source.gguf.name}, {adapter}, is not applied: only the GGUF file is read"]
+    return [f"{adapter_without_effect(keys, Path(source.name).name)}; {MERGE}"]
+
+
+def _has_own_adapter(source: ModelSource) -> bool:
+    """Return whether the model's class has an adapter's parameters itself, so that transformers reads them."""
+    trust = source.trust_remote_code
+    model = build_fused_model(source.config(), torch.float32, trust_remote_code=trust, name=source.name)
+    return any(is_adapters(name) for name, _ in model.named_parameters())
 
 
 def _split_count(source: ModelSource) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from thanos.checkpoint.weight_files import is_adapters
+from thanos.checkpoint.weight_files import MERGE, adapter_without_effect, is_adapters
 from thanos.model.layers import find_blocks
 
 MTP = "multi-token prediction layer: transformers does not run it"
@@ -76,11 +76,7 @@ class Unused:
             which = str(beyond[0]) if len(beyond) == 1 else f"{beyond[0]} to {beyond[-1]}"
             notes.append(f"the checkpoint has layers beyond the {self._count} of config.json ({which}): {stay}")
         if adapter:
-            count = f"{len(adapter)} {'tensor' if len(adapter) == 1 else 'tensors'}"
-            notes.append(
-                f"the weights contain an adapter ({count}, such as {adapter[0]}), which transformers does not read: it has no "
-                "effect and is copied; merge it first if it belongs to the model"
-            )
+            notes.append(f"{adapter_without_effect(adapter)} and is copied; {MERGE}")
         return notes
 
     def _index(self, key: str) -> int | None:

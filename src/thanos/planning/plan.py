@@ -1,8 +1,8 @@
 """Prediction of a pruning run, before it begins: memory, disk space and time, and which of them do not suffice.
 
 Seconds and memory come from a trial on the device (trial.py). The code that prunes also opens the model, reads the
-calibration text and chooses the storage tier here, so this prediction refuses whatever a run would refuse. The exception: not
-all weights are checked for NaN.
+calibration text and chooses the storage tier here, so this prediction refuses whatever a run would refuse. Two exceptions: not
+all weights are checked for NaN, and an interrupted run of OUT is only a note.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from thanos.calibration.windows import Calibration
 from thanos.checkpoint.writer import disk_shortage
 from thanos.engine.activations import check_tier
 from thanos.errors import RecipeError, resource_errors
-from thanos.events import Watcher
+from thanos.events import Event, Watcher
 from thanos.model.layers import find_blocks
 from thanos.model.source import find_local, resolve_model
 from thanos.planning.allocation import allocation_seconds, stream_bytes
@@ -41,7 +41,7 @@ from thanos.run.setup import (
     prepare,
     smaller_calibration,
 )
-from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
+from thanos.run.work_folder import WorkFolder, check_output, interrupted_line
 from thanos.system.device import choose_device
 from thanos.system.documents import Document
 from thanos.system.files import free_disk_bytes
@@ -118,6 +118,8 @@ def plan(
 ) -> Plan:
     """Predict memory, disk space and time of :func:`~thanos.prune` with the same arguments. Nothing is left on the disk.
 
+    An interrupted run of ``out`` is not changed, and a note says that the prediction is of a whole run.
+
     Raises:
         UserError: :func:`~thanos.prune` would refuse the arguments. Too little memory or disk space is no error here.
     """
@@ -128,8 +130,9 @@ def plan(
     check_tier(activations)
     local = find_local(model, trust_remote_code=recipe.trust_remote_code)
     work = WorkFolder(out)
-    check_interrupted(work, resume=False, overwrite=overwrite)
     check_output(out, model=Path(model) if local else None, overwrite=overwrite)
+    if not overwrite and (line := interrupted_line(work)):  # a run would be refused, but a plan changes nothing
+        watch(Event(kind="note", phase="load", message=f"the plan is of a whole run; {line}"))
     check_calibration(recipe, calibration)
     device = choose_device(recipe.device)
     meter = PhaseMeter(device)

@@ -50,11 +50,11 @@ def kept_sequences(
     whole = work.generated if resume else None
     if whole is not None:
         return world.from_first(lambda: whole)
-    emit(Event(kind="phase", phase="generate"))
     done = work.generated_parts if resume else []
     if done and done[-1].states.keys() != {"cpu", model.device.type}:
         work.drop_parts()
         done = []
+    emit(Event(kind="phase", phase="generate", done=sum(len(part.ids) for part in done)))
 
     def keep(part: Part) -> None:
         work.keep_part(part)

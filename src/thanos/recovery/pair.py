@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thanos.engine.weights import ModelWeights
-from thanos.errors import ModelError
+from thanos.errors import ModelError, NumericsError
 from thanos.events import Event, Watcher
 from thanos.model.bos import added_bos
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers
@@ -17,6 +19,7 @@ from thanos.model.meta_model import persistent_tensors
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource, find_local, resolve_model
 from thanos.patterns.base import STRAY
+from thanos.run.survey import name_damage
 
 _LEAST_COSINE = 0.2
 """Least cosine between the kept weights of a child and the parent's weights at the same positions. It is about 0 for unrelated
@@ -230,6 +233,20 @@ def load(opened: OpenedModel, device: torch.device) -> None:
         weights.load(weights.names)
     finally:
         weights.close()
+
+
+@contextmanager
+def named_damage(pair: Pair) -> Iterator[None]:
+    """On a NumericsError look for a damaged parameter, and raise one that names the model and the parameter if there is one."""
+    try:
+        yield
+    except NumericsError:
+        for what, opened in (("OUT", pair.pruned), ("the dense model", pair.dense)):
+            try:
+                name_damage(opened, None)
+            except NumericsError as error:
+                raise NumericsError(f"{what} {opened.source.name}: {error}") from None
+        raise
 
 
 def trainable(opened: OpenedModel, parts: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from thanos.calibration.windows import Calibration
 from thanos.checkpoint.writer import check_room
 from thanos.engine.distributed import World
 from thanos.engine.joining import join, my_device
-from thanos.errors import NumericsError, resource_errors
+from thanos.errors import resource_errors
 from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
 from thanos.model.loading import check_token_ids, end_of_text_id
 from thanos.model.opening import OpenedModel
@@ -28,7 +28,7 @@ from thanos.recovery.distance import Distillation
 from thanos.recovery.generated import kept_sequences
 from thanos.recovery.guard import Guard
 from thanos.recovery.output import Trained, make_report, write_model
-from thanos.recovery.pair import Pair, load, masks_of, open_pair, resolve_pair, trainable
+from thanos.recovery.pair import Pair, load, masks_of, named_damage, open_pair, resolve_pair, trainable
 from thanos.recovery.recipe import RecoveryRecipe
 from thanos.recovery.report import NAME, NOTHING_BETTER, RecoveryReport, read_pruning_report, write_reports
 from thanos.recovery.setup import (
@@ -44,7 +44,6 @@ from thanos.recovery.setup import (
 from thanos.recovery.states import RecoveryFolder
 from thanos.run.lock import locked
 from thanos.run.resume import check_completed, check_same_run, completed_run, describe
-from thanos.run.survey import name_damage
 from thanos.run.work_folder import check_interrupted, check_output, kept
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
@@ -226,7 +225,8 @@ def _calibrate(pair: Pair, parent: ModelSource, job: _Job, given: Calibration | 
     """Return the windows that the caller gave, after checks, or make them with the tokenizer of both models."""
     if given is not None:
         given.check_made_by(job.recipe.text)
-    made = given or make_calibration(parent, job.recipe.text, job.device, job.emit)
+    with named_damage(pair):
+        made = given or make_calibration(parent, job.recipe.text, job.device, job.emit)
     for opened in (pair.pruned, pair.dense):
         check_token_ids(made.ids, opened.meta_model)
     return made
@@ -248,7 +248,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) ->
     size = micro_batch(recipe, job.device, job.world.size)
     ids, first = calibration.ids, recipe.trained
     if recipe.generate:
-        with job.meter.phase("generate"):
+        with job.meter.phase("generate"), named_damage(pair):
             generated = _generated(pair.dense, calibration, job)
         ids, first = torch.cat([ids[:first], generated, ids[first:]]), first + recipe.generate
     guard = Guard(ids, first, dtypes, size, job.device, job.world, _writer(pair, job), history)
@@ -260,13 +260,8 @@ def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) ->
     compiled = use_compiler(recipe, job.device, module, notes, job.emit)
     arguments = (recipe, work, job.device, job.world, job.emit, job.meter, compiled)
     training = Training(module, masks, ids, calibration.bos_ids, pair.size, guard, *arguments)
-    with job.meter.phase("train"):
-        try:
-            ended = training.run(newest)
-        except NumericsError:
-            for opened in (pruned, pair.dense):
-                name_damage(opened, None)
-            raise
+    with job.meter.phase("train"), named_damage(pair):
+        ended = training.run(newest)
     if ended:
         job.emit(
             Event(

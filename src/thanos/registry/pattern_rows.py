@@ -43,6 +43,7 @@ PATTERNS: tuple[PatternRow, ...] = (
         source="thanos.patterns.heads:Heads",
         examples=("heads",),
         other_names=("head", "attention-heads", "kv-heads"),
+        matrix_name="heads:N",
     ),
     PatternRow(
         name="width",
@@ -51,6 +52,7 @@ PATTERNS: tuple[PatternRow, ...] = (
         source="thanos.patterns.width:Width",
         examples=("width",),
         other_names=("widths", "neurons-and-heads"),
+        matrix_name=None,
     ),
     PatternRow(
         name="blocks",
@@ -59,6 +61,7 @@ PATTERNS: tuple[PatternRow, ...] = (
         source="thanos.patterns.blocks:Blocks",
         examples=("blocks",),
         other_names=("block", "layers", "depth"),
+        matrix_name=None,
     ),
 )
 """The patterns of this package; the first is the default."""

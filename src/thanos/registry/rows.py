@@ -111,10 +111,12 @@ class PatternRow(Row):
         name: spelling in a recipe; capitals stand for numbers, as in ``N:M``.
         examples: patterns of the class that reports and :func:`~thanos.inspect_checkpoint` show, most common first.
         other_names: names that other tools give to the first example, for "did you mean".
+        matrix_name: spelling for a single matrix; empty for ``name``, None if the pattern is only for a whole model.
     """
 
     examples: tuple[str, ...]
     other_names: tuple[str, ...] = ()
+    matrix_name: str | None = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

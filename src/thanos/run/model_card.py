@@ -179,7 +179,7 @@ def _totals_table(report: PruningReport) -> str:
 
 
 def _outliers(recipe: Mapping[str, Any]) -> str:
-    return _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else "")
+    return _percent(recipe["outlier_rows"]) + (_KEPT if recipe["outlier_rows"] and recipe.get("keep_budget") else "")
 
 
 def _recipe_table(report: PruningReport) -> str:

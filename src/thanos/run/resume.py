@@ -133,8 +133,8 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     found, now = find_differences(before, now), json.loads(json.dumps(now))
     if found:
         raise UserError(
-            f"this is not the run that was interrupted: {'; '.join(found)}; give the original command with --resume, or "
-            "--overwrite to start over"
+            f"this is not the run that was interrupted: {'; '.join(found)}; give the original command with --resume, or, "
+            "instead of --resume, --overwrite to start over"
         )
     return [
         f"{_RESUMED_WITH.get(name, 'resumed on another machine')}: {line}; the result may differ by rounding from that of an "

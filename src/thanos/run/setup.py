@@ -146,6 +146,7 @@ def prepare_opened(
         opened.notes.append(_unreached_note(unreached, left=bool(chosen)))
         watch(Event(kind="note", phase="load", message=opened.notes[-1]))
     _note_unpaired(opened, chosen, watch)
+    _note_useless_budget(opened, chosen.values(), watch)
     embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)
     for layer, settings in chosen.items():
         if layer.weight_name not in opened.key_of or layer.module.get_parameter("weight") is embedding:
@@ -188,6 +189,17 @@ def _note_unpaired(opened: OpenedModel, layers: dict[LinearLayer, LayerRecipe], 
         note = (
             f"{len(left)} layers of experts, the first of them {left[0].name}, are pruned without a dense target: the model's "
             "own code sends tokens to them, so their tokens in the dense and the pruned model cannot be paired"
+        )
+        opened.notes.append(note)
+        watch(Event(kind="note", phase="load", message=note))
+
+
+def _note_useless_budget(opened: OpenedModel, settings: Iterable[LayerRecipe], watch: Watcher) -> None:
+    """Add a note if layers keep their budget, but none of them has the outlier rows that this is for."""
+    outlier_rows = [each.outlier_rows for each in settings if each.keep_budget]
+    if outlier_rows and not any(outlier_rows):
+        note = (
+            "keep_budget has no effect, since no layer has outlier rows; set outlier_rows too, or leave keep_budget out"
         )
         opened.notes.append(note)
         watch(Event(kind="note", phase="load", message=note))

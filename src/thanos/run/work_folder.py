@@ -155,8 +155,8 @@ class WorkFolder:
         if replaces:
             if not overwrite:
                 raise UserError(
-                    f"OUT {self.out.name} was created during the run; move it away and give --resume, or --resume "
-                    "--overwrite to replace it"
+                    f"OUT {self.out.name} was created during the run; the result is kept. Move OUT away and give --resume, or "
+                    "give both options: --resume takes the result, --overwrite lets it replace OUT"
                 )
             # Two renames are not atomic together. After a crash between them, tidy() restores the old OUT.
             shutil.rmtree(self._old, ignore_errors=True)
@@ -260,8 +260,15 @@ def _is_model(path: Path) -> bool:
 
 def check_interrupted(work: WorkFolder, *, resume: bool, overwrite: bool) -> None:
     """Raise UserError if there is an interrupted run, and the user chose neither to resume it nor to overwrite it."""
-    if work.finished and not (resume or overwrite):
-        raise UserError(
-            f"an interrupted run of OUT {work.out.name} finished {work.finished} of {work.run[work.unit]} {work.unit}; "
-            "--resume continues it, --overwrite starts over"
-        )
+    if not (resume or overwrite) and (line := interrupted_line(work)):
+        raise UserError(line)
+
+
+def interrupted_line(work: WorkFolder) -> str:
+    """Return in one line how far an interrupted run is, and the options for it; empty if there is none."""
+    if not (finished := work.finished):
+        return ""
+    return (
+        f"an interrupted run of OUT {work.out.name} finished {finished} of {work.run[work.unit]} {work.unit}; "
+        "--resume continues it, --overwrite starts over"
+    )
