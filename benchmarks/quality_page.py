@@ -5,7 +5,8 @@
 The script writes below each of these comments, up to ``<!-- end -->``. FILE is a path relative to the page.
 
 ``<!-- models FILE: * -->``: the table of the comparison's page.
-``<!-- models FILE: LABEL = WORDS; … -->``: a table of the named models only, with bytes, perplexity and zero-shot accuracy.
+``<!-- models FILE: LABEL = WORDS; … -->``: a table of the named models only, with bytes, speed, perplexity and
+zero-shot accuracy.
 ``<!-- texts FILE: NUMBER; LABEL = WORDS; … -->``: the beginnings of what these models write for prompt NUMBER, counted from 1.
 
 ``--check`` writes nothing, and fails if the page differs.
@@ -68,13 +69,13 @@ def origin(run: Comparison) -> str:
 
 def models(rows: list[Row], names: str) -> str:
     """Return a table with a line for each ``LABEL = WORDS`` of ``names``."""
-    lines = ["| | in memory, MB | perplexity | zero-shot, % |", "|---|---|---|---|"]
+    lines = ["| | in memory, MB | tokens/s | perplexity | zero-shot, % |", "|---|---|---|---|---|"]
     for row, words in chosen(rows, names):
-        size, perplexity, accuracy, error = (
+        size, speed, perplexity, accuracy, error = (
             "" if (number := number_of(row, field)) is None else number.text
-            for field in ("weight_bytes", "perplexity", "zero_shot", "zero_shot_stderr")
+            for field in ("weight_bytes", "tokens_per_second", "perplexity", "zero_shot", "zero_shot_stderr")
         )
-        lines.append(f"| {words} | {size} | {perplexity} | {f'{accuracy} ± {error}' if accuracy else ''} |")
+        lines.append(f"| {words} | {size} | {speed} | {perplexity} | {f'{accuracy} ± {error}' if accuracy else ''} |")
     return "\n".join(lines) + "\n"
 
 

@@ -20,11 +20,13 @@ PAGES = [
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     if quality_page.BLOCK.search(page.read_text("utf-8"))
 ]
-SMOLLM2 = ROOT / "docs" / "results" / "quality" / "smollm2-135m" / NAME
+QUALITY = ROOT / "docs" / "results" / "quality"
+SMOLLM2, QWEN = QUALITY / "smollm2-135m" / NAME, QUALITY / "qwen2.5-coder-0.5b" / NAME
 ROWS = [
     Row(
         label="dense",
         weight_bytes=2_690_000,
+        tokens_per_second=311.2,
         evaluation={"perplexity": 21.608},
         zero_shot={"average": {"acc": 0.4243, "acc_stderr": 0.00604}},
         texts={"One": " 1", "Two and": "\n  three.\n\nFour"},
@@ -47,10 +49,10 @@ def test_tables_and_texts_are_what_the_comparison_says(page: Path) -> None:
 
 def test_a_table_of_models_has_their_words_and_no_number_that_was_not_measured() -> None:
     assert quality_page.models(ROWS, "a int8 = one; dense = the dense model").splitlines() == [
-        "| | in memory, MB | perplexity | zero-shot, % |",
-        "|---|---|---|---|",
-        "| one | 1.64 | 30.00 |  |",
-        "| the dense model | 2.69 | 21.61 | 42.4 ± 0.6 |",
+        "| | in memory, MB | tokens/s | perplexity | zero-shot, % |",
+        "|---|---|---|---|---|",
+        "| one | 1.64 |  | 30.00 |  |",
+        "| the dense model | 2.69 | 311 | 21.61 | 42.4 ± 0.6 |",
     ]
 
 
@@ -90,6 +92,36 @@ def test_what_the_page_concludes_is_what_its_numbers_say() -> None:
     assert max(speeds) < 1.02 * min(speeds)
     accuracies = [value(label, "zero_shot") for label in pruned if label != "fast50"]
     assert max(accuracies) - min(accuracies) < 2 * value("2of4-recovered", "zero_shot_stderr")
+
+
+def test_what_the_pages_conclude_about_the_larger_model_is_what_its_numbers_say() -> None:
+    """The statements of README and quality.md about Qwen2.5-Coder-0.5B."""
+    rows = {row.label: row for row in merged(read_comparisons([QWEN]))}
+    first = next(iter(rows))
+
+    def value(label: str, field: str) -> float:
+        found = value_of(rows[label], field)
+        assert found is not None
+        return found
+
+    by_bytes = {row.label for row in front_of(list(rows.values()), "weight_bytes")}
+    assert by_bytes == {f"{first} int4", "neurons20-recovered int8", f"{first} int8", first}
+    for field in ("weight_bytes", "perplexity"):
+        ordered = [value(label, field) for label in (f"{first} int4", "neurons20-recovered int8", f"{first} int8")]
+        assert ordered == sorted(ordered, reverse=field == "perplexity")
+    packed, dense = "16of32-recovered-packed", first
+    assert max(rows, key=lambda label: value(label, "tokens_per_second")) == packed
+    gain = value(packed, "tokens_per_second") / value(dense, "tokens_per_second")
+    share = value(packed, "weight_bytes") / value(dense, "weight_bytes")
+    for page in (ROOT / "README.md", ROOT / "docs" / "results" / "quality.md"):
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        assert f"{gain:.2f} times" in text
+        assert f"{share:.2f} of the bytes" in text
+    with_zeros = ("16of32", "16of32-recovered", packed, "2of4", "2of4-recovered", "fast50")
+    assert value("neurons20-recovered", "perplexity") < min(value(label, "perplexity") for label in with_zeros)
+    assert rows[packed].texts == rows["16of32-recovered"].texts
+    plain = [value(label, "tokens_per_second") for label in rows if label != packed and "int" not in label]
+    assert max(plain) < 1.02 * min(plain)
 
 
 def test_the_numbers_in_the_text_of_readme_are_measured_ones() -> None:
