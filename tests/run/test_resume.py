@@ -303,6 +303,17 @@ def test_an_interrupted_run_is_neither_continued_nor_deleted_unasked(left: Path,
     assert "--resume continues it, --overwrite starts over" in line
 
 
+def test_pack_beside_it_names_no_option_that_pack_does_not_have(left: Path, model: Path, text_file: Path) -> None:
+    thanos.prune(model, left.parent / "sparse", recipe(text_file))
+    before = state(left.parent)
+    with pytest.raises(UserError) as caught:
+        thanos.pack(left.parent / "sparse", left.parent / "out")
+    assert state(left.parent) == before
+    assert "finished 2 of 4 blocks; its own command continues it with --resume, and --overwrite discards it" in str(
+        caught.value
+    )
+
+
 def test_a_plan_beside_it_changes_nothing_and_a_note_says_of_what_it_is(
     left: Path, model: Path, text_file: Path
 ) -> None:

@@ -21,11 +21,11 @@ def written(out: Path, *, model: Path | None, overwrite: bool, what: str) -> Ite
     """
     work = WorkFolder(out)
     check_output(out, model=model, overwrite=overwrite)
-    check_interrupted(work, resume=False, overwrite=overwrite)
+    check_interrupted(work, resume=False, overwrite=overwrite, own=False)
     with resource_errors(), locked(out):
         work.tidy(resume=False)
         check_output(out, model=model, overwrite=overwrite)
-        check_interrupted(work, resume=False, overwrite=overwrite)
+        check_interrupted(work, resume=False, overwrite=overwrite, own=False)
         try:
             work.start({"command": what})
             yield work.model

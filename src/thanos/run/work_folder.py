@@ -258,17 +258,20 @@ def _is_model(path: Path) -> bool:
     return is_gguf(path) if path.is_file() else (path / "config.json").is_file()
 
 
-def check_interrupted(work: WorkFolder, *, resume: bool, overwrite: bool) -> None:
-    """Raise UserError if there is an interrupted run, and the user chose neither to resume it nor to overwrite it."""
-    if not (resume or overwrite) and (line := interrupted_line(work)):
+def check_interrupted(work: WorkFolder, *, resume: bool, overwrite: bool, own: bool = True) -> None:
+    """Raise UserError if there is an interrupted run, and the user chose neither to resume it nor to overwrite it.
+
+    ``own``: whether the command that checks can resume the run.
+    """
+    if not (resume or overwrite) and (line := interrupted_line(work, own=own)):
         raise UserError(line)
 
 
-def interrupted_line(work: WorkFolder) -> str:
+def interrupted_line(work: WorkFolder, *, own: bool = True) -> str:
     """Return in one line how far an interrupted run is, and the options for it; empty if there is none."""
     if not (finished := work.finished):
         return ""
-    return (
-        f"an interrupted run of OUT {work.out.name} finished {finished} of {work.run[work.unit]} {work.unit}; "
-        "--resume continues it, --overwrite starts over"
-    )
+    line = f"an interrupted run of OUT {work.out.name} finished {finished} of {work.run[work.unit]} {work.unit}; "
+    if own:
+        return f"{line}--resume continues it, --overwrite starts over"
+    return f"{line}its own command continues it with --resume, and --overwrite discards it; or give another OUT"
