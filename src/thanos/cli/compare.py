@@ -140,6 +140,7 @@ def compare(
             from thanos.comparison.prompts import PROMPTS, read_prompts
             from thanos.comparison.run import Request, compare
             from thanos.evaluation.tasks import task_names
+            from thanos.system.event_stream import EventStream
 
             if tasks is None and (task_folder is not None or limit is not None):
                 raise DataError("--task-folder and --limit need --tasks; name the tasks")
@@ -159,7 +160,7 @@ def compare(
             )
             command = shlex.join(["thanos", *sys.argv[1:]])
 
-            measured = 0
+            measured, stream = 0, EventStream(watcher)
 
             def keep(found: Comparison) -> None:
                 nonlocal measured
@@ -170,7 +171,7 @@ def compare(
                 runs = [compare(models, request, quantised=quantised, command=command, on_event=watcher, on_row=keep)]
             except KeyboardInterrupt:
                 if measured:
-                    watcher(Event(kind="note", phase="finish", message=_rest(measured, out)))
+                    stream(Event(kind="note", phase="finish", message=_rest(measured, out)))
                 raise
         write_report(runs, out, watcher)
     comparison_output.show_comparison(runs, out)
