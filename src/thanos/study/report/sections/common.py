@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from thanos.settings import in_words
 from thanos.study.report.figures.charts import Figure, Point
-from thanos.study.report.numbers import Number, Prose, count, setting
+from thanos.study.report.numbers import Number, Prose, counted_cells, setting
 from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
 from thanos.study.report.results import Results, Row, over_common_seeds, pattern_order, row_of
 from thanos.study.report.tables import Table
@@ -162,9 +162,8 @@ def note(rows: Iterable[Row], *more: str) -> Prose:
     records = [record for row in rows for record in row.records]
     if not records:
         return more
-    noun = " cell" if len(records) == 1 else " cells"
     measured = sorted((n for row in rows if (n := row.mean("sparsity")) is not None), key=lambda n: n.value)
-    parts: list[str | Number] = [count(records), noun]
+    parts: list[str | Number] = [*counted_cells(records)]
     if measured and measured[0].text == measured[-1].text:
         parts += ["; measured sparsity ", measured[0], " %"]
     elif measured:
@@ -206,7 +205,7 @@ def left_out(results: Results) -> Prose:
     parts: list[str | Number] = []
     for each in results.left_out:
         names = list(dict.fromkeys(_named(record) for record in each.records))
-        parts += ["; " if parts else "Left out: ", count(each.records), " cell" if len(each.records) == 1 else " cells"]
+        parts += ["; " if parts else "Left out: ", *counted_cells(each.records)]
         more = f" and {len(names) - NAMED} more settings" if len(names) > NAMED else ""
         parts.append(f" that {each.reason} ({'; '.join(names[:NAMED])}{more})")
     return (*parts, ".") if parts else ()
