@@ -122,6 +122,7 @@ def compare(
     from thanos.cli import progress as display
 
     display.hush()
+    from thanos.comparison.document import measured_again
     from thanos.comparison.report import write_document, write_report
 
     use_threads(threads)
@@ -136,6 +137,8 @@ def compare(
     with display.watch(quiet=quiet) as watcher:
         if earlier is not None:
             runs = earlier
+            if again := measured_again(runs):
+                watcher(Event(kind="note", phase="draw", message=_one_row(again)))
         else:
             from thanos.comparison.prompts import PROMPTS, read_prompts
             from thanos.comparison.run import Request, compare
@@ -181,6 +184,14 @@ def compare(
             err=True,
         )
         raise typer.Exit(1)
+
+
+def _one_row(labels: list[str]) -> str:
+    """Return the note on labels that several runs measured."""
+    return (
+        f"several of these runs measured {', '.join(labels)}; the page shows the last measurement. If different models have "
+        "the same label, rename their folders and measure them again"
+    )
 
 
 def _rest(measured: int, out: Path) -> str:
