@@ -106,11 +106,6 @@ def count(records: Sequence[CellRecord]) -> Number:
     return Number(len(records), "cells", "value", tuple(short(record) for record in records))
 
 
-def counted_cells(records: Sequence[CellRecord]) -> tuple[Number, str]:
-    """Return the number of cells, and the noun for it."""
-    return count(records), " cell" if len(records) == 1 else " cells"
-
-
 def mean(records: Sequence[CellRecord], field: str) -> Number | None:
     """Return the mean of a field over the cells that have it; None if no cell has it."""
     values = _values(records, field)

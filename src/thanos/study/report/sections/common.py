@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from thanos.settings import in_words
 from thanos.study.report.figures.charts import Figure, Point
-from thanos.study.report.numbers import Number, Prose, counted_cells, setting
+from thanos.study.report.numbers import Number, Prose, count, setting
 from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
 from thanos.study.report.results import Results, Row, over_common_seeds, pattern_order, row_of
 from thanos.study.report.tables import Table
@@ -198,6 +198,11 @@ def common_note(rows: Sequence[Row], shared: Sequence[Row]) -> str:
 
 NAMED = 8
 """Number of left-out settings that are named, for each reason."""
+
+
+def counted_cells(records: Sequence[CellRecord]) -> tuple[Number, str]:
+    """Return the number of cells, and the noun for it."""
+    return count(records), " cell" if len(records) == 1 else " cells"
 
 
 def left_out(results: Results) -> Prose:

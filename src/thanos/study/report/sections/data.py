@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thanos.study.report.numbers import count, counted_cells, setting, short
+from thanos.study.report.numbers import count, setting, short
 from thanos.study.report.results import Results, over_common_seeds, row_of
-from thanos.study.report.sections.common import SPREAD_NOTE, Section, left_out, note, own
+from thanos.study.report.sections.common import SPREAD_NOTE, Section, counted_cells, left_out, note, own
 from thanos.study.report.tables import Line, Table, measures, number, table
 from thanos.study.store import CellRecord
 
