@@ -75,3 +75,17 @@ def check(report: Report, folder: Path, name: str, command: str) -> None:
     page = render_page(report.title, report.lead, report.chapters, pictures).encode()
     same = (folder / name).read_bytes() == page  # a comparison by assert would show megabytes
     assert same, f"{name}: run: {command}"
+
+
+def test_the_readme_gives_the_options_with_which_the_models_of_its_table_were_recovered() -> None:
+    """The options were those of another model once."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    lines = (PAGE.parent / "repair" / "qwen2.5-coder-0.5b-h200.jsonl").read_text(encoding="utf-8").splitlines()
+    recovered = {record["name"]: record.get("recover") for record in map(json.loads, lines)}
+    for name, words in (("16of32-f", "(16:32)"), ("neurons20-f", "(a fifth of the neurons removed)")):
+        settings = recovered[f"{name}-recovered-0"]
+        options = " ".join(
+            f"--{key} {f'{value:.0e}'.replace('e-0', 'e-') if key == 'rate' else value}"
+            for key, value in settings.items()
+        )
+        assert f"`{options}` {words}" in text

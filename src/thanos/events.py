@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 Phase = Literal[
     "load", "calibration", "allocate", "verify", "dense", "statistics", "choose", "solve", "tune", "write", "propagate",
-    "evaluate", "tasks", "generate", "train", "finish", "draw",
+    "evaluate", "tasks", "generate", "compile", "train", "finish", "draw",
 ]  # fmt: skip
 
 

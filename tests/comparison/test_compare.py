@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,8 @@ def test_an_interrupted_run_leaves_the_numbers_so_far(
 
     def interrupted(network: object, source: ModelSource, request: Request) -> None:
         if source.name.endswith("narrow"):
+            now = time.perf_counter() + 3600
+            monkeypatch.setattr("time.perf_counter", lambda: now)
             raise KeyboardInterrupt
 
     monkeypatch.setattr("thanos.comparison.run.speed", interrupted)
@@ -212,7 +216,9 @@ def test_an_interrupted_run_leaves_the_numbers_so_far(
     words += [str(folder / "prose.txt"), "--sequence-length", "64", "--max-windows", "1", "--device", "cpu", "--quiet"]
     assert run([*words, "--out", str(tmp_path / "c")]) == 130
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{tmp_path / 'c'} has the measurements of the first 2 models; measure the first model and those" in said
+    assert re.search(
+        rf"\[1:00:\d\d\] note: {tmp_path / 'c'} has the measurements of the first 2 models; measure the first", said
+    )
     (left,) = read_comparisons([tmp_path / "c"])
     assert [row.label for row in left.rows] == ["dense", "pruned"]
     assert all(row.evaluation for row in left.rows)
@@ -256,6 +262,28 @@ def test_quantised_versions_follow_their_model() -> None:
         entries_of(["a"], "b=int8")
     with pytest.raises(DataError, match="named twice"):
         entries_of(["a", "a"])
+
+
+def test_a_folder_is_the_same_with_and_without_a_slash() -> None:
+    assert entries_of(["a", "b/"], "b=int8") == [Entry("a"), Entry("b/"), Entry("b/", "int8")]
+    with pytest.raises(DataError, match="a/ is named twice"):
+        entries_of(["a", "a/"])
+
+
+def test_a_model_that_does_not_exist_is_an_error_before_the_first_one_is_measured(folder: Path) -> None:
+    request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"))
+    rows: list[Comparison] = []
+    with pytest.raises(ModelError, match="'pruned=int8' is not a hub name"):
+        compare([str(folder / "dense"), "pruned=int8"], request, on_row=rows.append)
+    assert not rows
+
+
+def test_a_timed_text_beyond_the_positions_is_refused_before_the_measurements(folder: Path) -> None:
+    request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"), context=200)
+    rows: list[Comparison] = []
+    with pytest.raises(DataError, match="dense has 256 positions; lower --context"):
+        compare([str(folder / "dense")], dataclasses.replace(request, new_tokens=60), on_row=rows.append)
+    assert not rows
 
 
 def test_labels_name_no_folder_unless_two_models_have_the_same_name() -> None:

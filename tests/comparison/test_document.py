@@ -130,6 +130,18 @@ def test_one_page_of_several_documents_is_in_the_folder_of_a_measurement(
     assert files(tmp_path / "first") == files(tmp_path / "second") == {"comparison.json"}
 
 
+def test_labels_that_two_runs_measured_are_said(
+    current: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, size in (("first", 2), ("second", 3), ("third", 3)):
+        rows = [Row(label="dense", weight_bytes=4 + size), Row(label="packed", weight_bytes=size)]
+        write_document([Comparison(command="", machine=MACHINE, settings=SETTINGS, rows=rows)], tmp_path / folder)
+    assert run(["compare", str(tmp_path / "second"), str(tmp_path / "third"), "--out", "same"]) == 0
+    assert "several of these runs" not in capsys.readouterr().err  # the rows are equal; the dense one is in every run
+    assert run(["compare", str(tmp_path / "first"), str(tmp_path / "second"), "--out", "both", "--quiet"]) == 0
+    assert "several of these runs measured packed; the page shows the last" in capsys.readouterr().err
+
+
 def test_drawing_replaces_no_measurements_without_out(
     current: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

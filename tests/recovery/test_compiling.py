@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import thanos
-from helpers import tiny_model
-from recovering import read, settings
+from helpers import save_tiny, tiny_model
+from recovering import prune, read, settings
 from thanos.model.experts import unfuse
 from thanos.recovery import compiling
 from thanos.recovery.distance import Distillation
@@ -105,3 +105,38 @@ def test_without_a_compiler_the_training_runs_and_says_so(
 def test_compile_and_shard_are_refused(text_file: Path) -> None:
     with pytest.raises(thanos.errors.RecipeError, match="compile does not work with shard"):
         compiling.check_compile(settings(text_file, compile=True, shard=True))
+
+
+def test_a_mixture_of_experts_is_not_compiled_on_request_either(text_file: Path) -> None:
+    mixture, plain = tiny_model("mixtral"), tiny_model("llama")
+    unfuse(mixture)
+    for models in ((mixture, plain), (plain, mixture)):
+        with pytest.raises(thanos.errors.RecipeError, match="compile does not work for a mixture of experts"):
+            compiling.check_compiles(settings(text_file, compile=True), *models)
+        compiling.check_compiles(settings(text_file), *models)
+    compiling.check_compiles(settings(text_file, compile=True), plain)
+
+
+def test_a_mixture_is_refused_before_anything_is_written(text_file: Path, tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense", "mixtral")
+    pruned = prune(dense, tmp_path / "pruned", text_file)
+    with pytest.raises(thanos.errors.RecipeError, match="mixture of experts"):
+        thanos.recover(pruned, tmp_path / "out", dense=dense, recipe=settings(text_file, compile=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}
+
+
+def test_compile_is_true_false_or_none(text_file: Path) -> None:
+    with pytest.raises(thanos.errors.RecipeError, match="compile must be true, false or left out; got 'no'"):
+        settings(text_file, compile="no")
+
+
+def test_trying_the_compiler_is_a_phase_of_its_own(
+    pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "fault", lambda device: "not here")
+    events: list[thanos.Event] = []
+    recipe = settings(text_file, compile=True)
+    report = thanos.recover(pruned, tmp_path / "out", dense=tiny_llama, recipe=recipe, on_event=events.append)
+    phases = [event.phase for event in events if event.kind == "phase"]
+    assert phases.index("calibration") < phases.index("compile") < phases.index("train")
+    assert "compile" in report.phases

@@ -185,6 +185,12 @@ def test_what_is_no_model() -> None:
         thanos.prune_model(model.model, ids, recipe())
     with pytest.raises(ModelError, match="on the meta device"):
         thanos.prune_model(tiny_model().to("meta"), ids, recipe())
+    with torch.inference_mode():
+        fixed = tiny_model()
+    with pytest.raises(ModelError, match=r"under torch\.inference_mode"):
+        thanos.prune_model(fixed, ids, recipe())
+    with pytest.raises(DataError, match=r"no calibration sequence: the token ids have shape \(0, "):
+        thanos.prune_model(tiny_model(), ids[:0], recipe())
     quantised = tiny_model()
     layer = quantised.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)

@@ -120,7 +120,7 @@ def time_decoding(
         find_local(name, trust_remote_code=trust_remote_code, packed=True)
     sources = [resolve_model(name, trust_remote_code=trust_remote_code, packed=True) for name in names]
     for name, source in zip(names, sources, strict=True):
-        _check_positions(name, source.config(), context, new_tokens)
+        check_positions(name, source.config(), context, new_tokens)
     results = []
     for done, (name, source) in enumerate(zip(names, sources, strict=True), 1):
         emit(Event(kind="phase", phase="evaluate"))
@@ -142,7 +142,7 @@ def time_decoding(
     )
 
 
-def _check_positions(name: str, config: Any, context: int, new_tokens: int) -> None:
+def check_positions(name: str, config: Any, context: int, new_tokens: int) -> None:
     """Raise DataError if prompt and new tokens exceed a model's positions."""
     positions = context_length(config)
     if positions is not None and context + new_tokens + _WARM_STEPS + 1 > positions:
@@ -169,7 +169,7 @@ def time_network(
         ModelError: a step cannot be captured as a CUDA graph.
     """
     device = model.device
-    _check_positions(name, model.config, context, new_tokens)
+    check_positions(name, model.config, context, new_tokens)
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(0, vocabulary, (1, context), generator=draw).to(device)

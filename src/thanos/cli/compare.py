@@ -122,6 +122,7 @@ def compare(
     from thanos.cli import progress as display
 
     display.hush()
+    from thanos.comparison.document import measured_again
     from thanos.comparison.report import write_document, write_report
 
     use_threads(threads)
@@ -136,10 +137,13 @@ def compare(
     with display.watch(quiet=quiet) as watcher:
         if earlier is not None:
             runs = earlier
+            if again := measured_again(runs):
+                watcher(Event(kind="note", phase="draw", message=_one_row(again)))
         else:
             from thanos.comparison.prompts import PROMPTS, read_prompts
             from thanos.comparison.run import Request, compare
             from thanos.evaluation.tasks import task_names
+            from thanos.system.event_stream import EventStream
 
             if tasks is None and (task_folder is not None or limit is not None):
                 raise DataError("--task-folder and --limit need --tasks; name the tasks")
@@ -159,7 +163,7 @@ def compare(
             )
             command = shlex.join(["thanos", *sys.argv[1:]])
 
-            measured = 0
+            measured, stream = 0, EventStream(watcher)
 
             def keep(found: Comparison) -> None:
                 nonlocal measured
@@ -170,7 +174,7 @@ def compare(
                 runs = [compare(models, request, quantised=quantised, command=command, on_event=watcher, on_row=keep)]
             except KeyboardInterrupt:
                 if measured:
-                    watcher(Event(kind="note", phase="finish", message=_rest(measured, out)))
+                    stream(Event(kind="note", phase="finish", message=_rest(measured, out)))
                 raise
         write_report(runs, out, watcher)
     comparison_output.show_comparison(runs, out)
@@ -180,6 +184,14 @@ def compare(
             err=True,
         )
         raise typer.Exit(1)
+
+
+def _one_row(labels: list[str]) -> str:
+    """Return the note on labels that several runs measured."""
+    return (
+        f"several of these runs measured {', '.join(labels)}; the page shows the last measurement. If different models have "
+        "the same label, rename their folders and measure them again"
+    )
 
 
 def _rest(measured: int, out: Path) -> str:

@@ -36,6 +36,7 @@ _LABELS = {
     "generate": "generate text",
     "finish": "finish",
     "draw": "draw figures",
+    "compile": "try the compiler",
     "train": "train",
 }
 

@@ -157,3 +157,14 @@ def merged(runs: Sequence[Comparison]) -> list[Row]:
             if row.label not in rows or not row.reason:
                 rows[row.label] = row
     return list(rows.values())
+
+
+def measured_again(runs: Sequence[Comparison]) -> list[str]:
+    """Return the labels of which comparable runs have different rows, except those of first models: :func:`merged` uses one."""
+    found: dict[str, None] = {}
+    for group in groups_of(runs):
+        rows: dict[str, Row] = {}
+        for row in (row for run in group for row in run.rows[1:] if not row.reason):
+            if rows.setdefault(row.label, row) != row:
+                found[row.label] = None
+    return list(found)

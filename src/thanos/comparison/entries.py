@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import normpath
 
 from thanos.comparison.quantised import KINDS
 from thanos.errors import DataError
@@ -38,13 +39,14 @@ def entries_of(models: Sequence[str], quantised: str = "") -> list[Entry]:
     """
     if not models:
         raise DataError("a comparison needs at least one model")
-    twice = [name for name, count in Counter(models).items() if count > 1]
+    by_path = {normpath(name): name for name in models}  # the completion of a shell appends a slash
+    twice = [by_path[path] for path, count in Counter(map(normpath, models)).items() if count > 1]
     if twice:
         raise DataError(f"{twice[0]} is named twice; name each model once")
     wanted: dict[str, list[str]] = {name: [] for name in models}
     for word in filter(None, (part.strip() for part in quantised.split(","))):
         name, _, kind = word.rpartition("=")
-        name = name or models[0]
+        name = by_path.get(normpath(name), name) if name else models[0]
         if kind not in KINDS:
             raise DataError(
                 f"--quantised {word}: there is no kind {kind!r}{near(kind, KINDS)}; choose {either(KINDS)}, for another model "

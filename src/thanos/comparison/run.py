@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from thanos.bench.decode import check_positions
 from thanos.bench.measure import machine
 from thanos.calibration.text import check_text_exists, check_text_source, fetch_text
 from thanos.comparison.document import Comparison, Row
@@ -81,7 +82,8 @@ def compare(
     """Measure models one after the other, and compare each with the first.
 
     If a measurement fails, the row states the reason, and the comparison continues with the next one. If the first model
-    cannot be loaded, its error is raised, since the others could not be compared with it.
+    cannot be loaded, its error is raised, since the others could not be compared with it. A model that does not exist is an
+    error before anything is measured.
 
     Args:
         models: hub names, folders (packed ones too) or ``.gguf`` files.
@@ -169,18 +171,28 @@ class _Run:
     def check(self, entries: Sequence[Entry]) -> None:
         """Set the dtype of all models, check that the device supports the quantised versions in it, and read the text.
 
+        Models of the hub are downloaded, so that a name that does not exist ends the run before hours of measurements.
+
         Raises:
-            ModelError: the device does not support one, or the first model's config cannot be read.
-            DataError: the text cannot be read, or a window is longer than the first model's number of positions.
+            ModelError: the device does not support one, the first model's config cannot be read, or a model cannot be
+                downloaded.
+            DataError: the text cannot be read, or a window or a timed text is longer than the first model allows.
         """
-        source = resolve_model(entries[0].model, trust_remote_code=self.request.trust_remote_code, packed=True)
+        trust = self.request.trust_remote_code
+        source = resolve_model(entries[0].model, trust_remote_code=trust, packed=True)
         self._opened[entries[0].model] = source  # its config and tokenizer are read once
+        for name in dict.fromkeys(entry.model for entry in entries[1:] if entry.model != entries[0].model):
+            if (
+                find_local(name, trust_remote_code=trust, packed=True) is None
+            ):  # a misspelt folder is taken for a hub name
+                self._opened[name] = resolve_model(name, trust_remote_code=trust, packed=True)
         self._dtype = running_dtype(source, self.request.dtype)
         for entry in entries:
             if entry.quantised:
                 check_device(entry.quantised, self.device, self._dtype)
         text = self.request.text
         check_window(self.request.sequence_length, source.config())
+        check_positions(source.name, source.config(), self.request.context, self.request.new_tokens)
         check_text_source(text, evaluation=True, tokenizer=source.tokenizer)
         self._text = joined_text(text, source.tokenizer(), self.on_event)
 

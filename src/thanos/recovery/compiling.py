@@ -20,6 +20,7 @@ from thanos.model.experts import mixtures
 from thanos.model.layers import find_blocks
 from thanos.recovery.distance import Distillation
 from thanos.recovery.recipe import RecoveryRecipe
+from thanos.system.meter import PhaseMeter
 
 LEAST_STEPS = 100
 """Number of steps from which on compiling takes less time than it saves, on a GPU."""
@@ -32,21 +33,40 @@ _RECOMPILE_LIMIT = 64
 
 
 def check_compile(recipe: RecoveryRecipe) -> None:
-    """Raise RecipeError if the recipe asks for the compiler where it cannot be used."""
+    """Raise RecipeError if the recipe asks for the compiler together with a setting with which it does not work."""
     if recipe.compile and recipe.shard:
         raise RecipeError("compile does not work with shard; leave out --compile or --shard")
 
 
+def check_compiles(recipe: RecoveryRecipe, *models: nn.Module) -> None:
+    """Raise RecipeError if the recipe asks for the compiler, and a model is a mixture of experts."""
+    if recipe.compile and any(any(mixtures(block)) for block in _blocks(*models)):
+        raise RecipeError(
+            "compile does not work for a mixture of experts: each expert gets another number of tokens in every pass, and "
+            "each number would be compiled anew; leave out --compile"
+        )
+
+
 def use_compiler(
-    recipe: RecoveryRecipe, device: torch.device, module: Distillation, notes: list[str], emit: Callable[[Event], None]
+    recipe: RecoveryRecipe,
+    device: torch.device,
+    module: Distillation,
+    notes: list[str],
+    emit: Callable[[Event], None],
+    meter: PhaseMeter,
 ) -> bool:
-    """Return whether to compile. If the compiler is wanted and fails, add a remark to ``notes`` and report it."""
+    """Return whether to compile. If the compiler is wanted and fails, add a remark to ``notes`` and report it.
+
+    The first use of the compiler takes several seconds, which are the phase ``compile`` of the run.
+    """
     if not _wanted(recipe, device, module):
         return False
-    why = fault(device)
+    emit(Event(kind="phase", phase="compile"))
+    with meter.phase("compile"):
+        why = fault(device)
     if why:
         notes.append(f"torch.compile does not work here, so the training runs without it, which is slower: {why}")
-        emit(Event(kind="note", phase="train", message=notes[-1]))
+        emit(Event(kind="note", phase="compile", message=notes[-1]))
     return not why
 
 
@@ -61,7 +81,7 @@ def _wanted(recipe: RecoveryRecipe, device: torch.device, module: Distillation) 
         return recipe.compile
     if device.type != "cuda" or recipe.shard or recipe.steps < LEAST_STEPS:
         return False
-    blocks = [block for model in (module.student, module.teacher.model) for block in find_blocks(model)[1]]
+    blocks = _blocks(module.student, module.teacher.model)
     return len({_kind(block) for block in blocks}) <= KINDS and not any(any(mixtures(block)) for block in blocks)
 
 
@@ -81,7 +101,7 @@ def compiled(module: Distillation) -> Iterator[None]:
 
     A block that cannot be compiled runs as it is.
     """
-    blocks = [block for model in (module.student, module.teacher.model) for block in find_blocks(model)[1]]
+    blocks = _blocks(module.student, module.teacher.model)
     config: Any = torch._dynamo.config
     for block in blocks:
         block.compile(dynamic=False)
@@ -92,6 +112,10 @@ def compiled(module: Distillation) -> Iterator[None]:
     finally:
         for block in blocks:
             block._compiled_call_impl = None
+
+
+def _blocks(*models: nn.Module) -> list[nn.Module]:
+    return [block for model in models for block in find_blocks(model)[1]]
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ _ONE_HELD_OUT_OF = 16
 """By default one sequence of this many is held out: 8 of 128."""
 
 
-_DESCRIBED = ("epochs", "vary", "batch", "micro_batch", "held_out", "generate", "shard")
+_DESCRIBED = ("epochs", "vary", "batch", "micro_batch", "held_out", "generate", "shard", "compile")
 """Fields whose descriptions state every allowed value."""
 
 
@@ -62,7 +62,8 @@ class RecoveryRecipe:
         shard: with several processes, each holds a part of the pruned model, its gradients and the optimizer's state (FSDP),
             instead of a copy. Each process holds the dense model whole in any case.
         compile: run the blocks of both models through ``torch.compile``. None: where it saves time, see
-            :mod:`thanos.recovery.compiling`. It changes the result only by rounding errors.
+            :mod:`thanos.recovery.compiling`. It changes the result only by rounding errors. It works neither with
+            ``shard`` nor for mixtures of experts.
         calibration: source of the text, as for pruning.
         samples: number of sequences, those held out included.
         sequence_length: tokens of a sequence.

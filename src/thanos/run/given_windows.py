@@ -99,6 +99,8 @@ def _token_ids(given: Tensor | Sequence[Tensor]) -> Tensor:
     rows = [row[None] if isinstance(row, Tensor) and row.dim() == 1 else row for row in rows]
     if not all(isinstance(row, Tensor) and row.dim() == 2 and not row.is_floating_point() for row in rows):
         raise DataError("token ids must be whole numbers: a tensor (samples, T), or a list of tensors (T,)")
+    if not sum(len(row) for row in rows):
+        raise DataError(f"there is no calibration sequence: the token ids have shape {tuple(rows[0].shape)}")
     lengths = sorted({row.shape[1] for row in rows})
     if len(lengths) > 1 or lengths[0] < 2:
         raise DataError(f"the calibration sequences must have one length, at least 2 tokens; got lengths {lengths}")

@@ -191,6 +191,10 @@ def _device(model: PreTrainedModel, recipe: Recipe) -> torch.device:
         raise ModelError(
             "some of the model's parameters are on the meta device: load the whole model, without offloading"
         )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError(
+            "the model was made under torch.inference_mode, so its weights cannot be changed: load it outside of that"
+        )
     return choose_device(recipe.device) if recipe.device != "auto" else model.device
 
 

@@ -316,6 +316,8 @@ def test_a_store_of_failures_alone_is_reported(tmp_path: Path) -> None:
     report = write_report(write_store(tmp_path / "study", [failed(cell(), "out of memory")]))
     assert report.table("failed") is not None
     assert report.lead[0] == "No pruned model has a result to compare."
+    page = re.sub("<[^>]*>", "", (tmp_path / "study" / "report.html").read_text(encoding="utf-8"))
+    assert "1 cell; the next run repeats it." in page
 
 
 def test_a_model_of_which_every_cell_failed_does_not_end_the_report_of_the_others(tmp_path: Path) -> None:

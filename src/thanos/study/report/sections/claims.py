@@ -57,7 +57,7 @@ def claims(results: Results) -> Section:
     }
     about = (
         Number(len(cells), "cells", "value", tuple(sorted(cells))),
-        " cells; only rows within 0.2 points of measured sparsity are compared.",
+        f" cell{'' if len(cells) == 1 else 's'}; only rows within 0.2 points of measured sparsity are compared.",
     )
     heads = columns("<Claim|claim", "<verdict", "<numbers")
     section.tables.append(Table("claims", "Claims for Thanos", heads, tuple(lines), note=about if cells else ()))

@@ -162,9 +162,8 @@ def note(rows: Iterable[Row], *more: str) -> Prose:
     records = [record for row in rows for record in row.records]
     if not records:
         return more
-    noun = " cell" if len(records) == 1 else " cells"
     measured = sorted((n for row in rows if (n := row.mean("sparsity")) is not None), key=lambda n: n.value)
-    parts: list[str | Number] = [count(records), noun]
+    parts: list[str | Number] = [*counted_cells(records)]
     if measured and measured[0].text == measured[-1].text:
         parts += ["; measured sparsity ", measured[0], " %"]
     elif measured:
@@ -201,12 +200,17 @@ NAMED = 8
 """Number of left-out settings that are named, for each reason."""
 
 
+def counted_cells(records: Sequence[CellRecord]) -> tuple[Number, str]:
+    """Return the number of cells, and the noun for it."""
+    return count(records), " cell" if len(records) == 1 else " cells"
+
+
 def left_out(results: Results) -> Prose:
     """Return a sentence with the left-out cells and the reasons; empty if every cell is compared."""
     parts: list[str | Number] = []
     for each in results.left_out:
         names = list(dict.fromkeys(_named(record) for record in each.records))
-        parts += ["; " if parts else "Left out: ", count(each.records), " cell" if len(each.records) == 1 else " cells"]
+        parts += ["; " if parts else "Left out: ", *counted_cells(each.records)]
         more = f" and {len(names) - NAMED} more settings" if len(names) > NAMED else ""
         parts.append(f" that {each.reason} ({'; '.join(names[:NAMED])}{more})")
     return (*parts, ".") if parts else ()

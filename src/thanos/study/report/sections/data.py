@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from thanos.study.report.numbers import count, setting, short
 from thanos.study.report.results import Results, over_common_seeds, row_of
-from thanos.study.report.sections.common import SPREAD_NOTE, Section, left_out, note, own
+from thanos.study.report.sections.common import SPREAD_NOTE, Section, counted_cells, left_out, note, own
 from thanos.study.report.tables import Line, Table, measures, number, table
 from thanos.study.store import CellRecord
 
@@ -50,7 +50,7 @@ def data(done: Sequence[CellRecord], failed: Sequence[CellRecord], studies: Sequ
     section = Section("data", "Where the numbers come from")
     dates = sorted(record.date[:10] for record in done)
     span = "" if not dates else f" between {dates[0]} and {dates[-1]}" if dates[0] != dates[-1] else f" on {dates[0]}"
-    section.prose.append((count(done), f" cells ran{span}; ", count(failed), " failed. ", _machines(done)))
+    section.prose.append((*counted_cells(done), f" ran{span}; ", count(failed), " failed. ", _machines(done)))
     if failed:
         section.tables.append(_failed(failed))
     for results in studies:
@@ -80,7 +80,7 @@ def _versions(record: CellRecord) -> str:
 
 def _failed(failed: Sequence[CellRecord]) -> Table:
     lines = [(short(record), _setting(record), record.reason or "") for record in failed]
-    about = (count(failed), " cells; the next run repeats them.")
+    about = (*counted_cells(failed), f"; the next run repeats {'it' if len(failed) == 1 else 'them'}.")
     return table("failed", "Cells that failed", "<Cell|cell; <setting; <reason", lines, about)
 
 
@@ -92,7 +92,7 @@ def _cells(done: Sequence[CellRecord]) -> Table:
         words = (record.date[:19], (record.commit or "unknown")[:12], record.machine["device"])
         lines.append((short(record), _setting(record), *numbers, *words))
     heads = f"<Cell|cell; <setting; {'; '.join(fields)}; <date; <commit; <device"
-    return table("cells", "Every cell", heads, lines, (count(done), " cells."), folded=True)
+    return table("cells", "Every cell", heads, lines, (*counted_cells(done), "."), folded=True)
 
 
 def _setting(record: CellRecord) -> str:
