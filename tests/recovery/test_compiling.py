@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_the_blocks_run_as_before_afterwards() -> None:
     models = module()
     block = models.student.get_submodule("model.layers.0")
     assert block._compiled_call_impl is None
-    with compiling.compiled(models):
+    with compiling.compiled(models, lambda _: None):
         assert block._compiled_call_impl is not None
     assert block._compiled_call_impl is None
 
@@ -100,6 +101,43 @@ def test_without_a_compiler_the_training_runs_and_says_so(
     assert line in report.warnings
     assert [event.message for event in events if event.kind == "note"].count(line) == 1
     assert report.held_out_after < report.held_out_before
+
+
+def test_a_block_that_cannot_be_compiled_is_one_note(
+    pruned: Path,
+    tiny_llama: Path,
+    text_file: Path,
+    recovered: tuple[Path, thanos.RecoveryReport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    small, compile_ = 8, torch.compile
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        del inputs
+        if len(graph.graph.nodes) > small:
+            raise RuntimeError("the graph is too large\nand more")
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=backend))
+    torch._dynamo.reset()  # without the code of other tests
+    notes: list[str] = []
+
+    def watch(event: thanos.Event) -> None:
+        if event.kind == "note":
+            notes.append(event.message)
+
+    recipe = dataclasses.replace(settings(text_file), compile=True)
+    report = thanos.recover(pruned, tmp_path / "out", dense=tiny_llama, recipe=recipe, on_event=watch)
+    start = "torch.compile failed for a part of the models, which runs without it, which is slower: "
+    lines = [line for line in report.warnings if line.startswith(start)]
+    assert len(lines) == 1
+    assert "the graph is too large" in lines[0]
+    assert "\n" not in lines[0]
+    assert notes.count(lines[0]) == 1
+    assert not [record for record in caplog.records if record.name.startswith("torch._dynamo")]
+    assert report.held_out_after == pytest.approx(recovered[1].held_out_after, rel=1e-4)
 
 
 def test_compile_and_shard_are_refused(text_file: Path) -> None:

@@ -7,6 +7,7 @@ of one kind share their compiled code.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,27 +48,37 @@ def check_compiles(recipe: RecoveryRecipe, *models: nn.Module) -> None:
         )
 
 
-def use_compiler(
+@contextmanager
+def compiled_if_wanted(
     recipe: RecoveryRecipe,
     device: torch.device,
     module: Distillation,
     notes: list[str],
     emit: Callable[[Event], None],
     meter: PhaseMeter,
-) -> bool:
-    """Return whether to compile. If the compiler is wanted and fails, add a remark to ``notes`` and report it.
+) -> Iterator[None]:
+    """While active, the models run compiled if the recipe wants it and the compiler works.
 
-    The first use of the compiler takes several seconds, which are the phase ``compile`` of the run.
+    If it fails, wholly or for a part of the models, a remark is added to ``notes`` and reported. The first use of the compiler
+    takes several seconds, which are the phase ``compile`` of the run.
     """
+
+    def remark(message: str) -> None:
+        notes.append(message)
+        emit(Event(kind="note", phase="compile", message=message))
+
     if not _wanted(recipe, device, module):
-        return False
+        yield
+        return
     emit(Event(kind="phase", phase="compile"))
     with meter.phase("compile"):
         why = fault(device)
     if why:
-        notes.append(f"torch.compile does not work here, so the training runs without it, which is slower: {why}")
-        emit(Event(kind="note", phase="compile", message=notes[-1]))
-    return not why
+        remark(f"torch.compile does not work here, so the training runs without it, which is slower: {why}")
+        yield
+    else:
+        with compiled(module, remark):
+            yield
 
 
 def _wanted(recipe: RecoveryRecipe, device: torch.device, module: Distillation) -> bool:
@@ -90,16 +101,21 @@ def fault(device: torch.device) -> str:
     try:
         torch.compile(lambda tensor: tensor.exp() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # the compiler calls other programs, and raises whatever they raise
-        lines = str(error).strip().splitlines()
-        return lines[0] if lines else type(error).__name__
+        return _first_line(error)
     return ""
 
 
+def _first_line(error: BaseException) -> str:
+    """Return the line that names the cause: torch may put a line "backend='inductor' raised:" before it."""
+    lines = [line for line in str(error).strip().splitlines() if not line.endswith(" raised:")]
+    return lines[0] if lines else type(error).__name__
+
+
 @contextmanager
-def compiled(module: Distillation) -> Iterator[None]:
+def compiled(module: Distillation, remark: Callable[[str], None]) -> Iterator[None]:
     """While active, the blocks of both models and the divergence run compiled.
 
-    A block that cannot be compiled runs as it is.
+    A block that cannot be compiled runs as it is. The first time, ``remark`` is called with a message.
     """
     blocks = _blocks(module.student, module.teacher.model)
     config: Any = torch._dynamo.config
@@ -107,11 +123,38 @@ def compiled(module: Distillation) -> Iterator[None]:
         block.compile(dynamic=False)
     module.compile_divergence()
     try:
-        with config.patch(recompile_limit=_RECOMPILE_LIMIT, suppress_errors=True):
+        with config.patch(recompile_limit=_RECOMPILE_LIMIT, suppress_errors=True), _failures(remark):
             yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None
+
+
+@contextmanager
+def _failures(remark: Callable[[str], None]) -> Iterator[None]:
+    """Call ``remark`` at the first suppressed failure of the compiler, in place of its traceback of hundreds of lines.
+
+    The compiler reports a failure only by this logger.
+    """
+    logger, said = logging.getLogger("torch._dynamo.convert_frame"), False
+
+    def keep(record: logging.LogRecord) -> bool:
+        nonlocal said
+        if record.levelno < logging.WARNING:
+            return True
+        if not said:
+            error = record.exc_info[1] if record.exc_info else None
+            # Without an error it is the remark about too many variants. Its first line names the limit.
+            why = record.getMessage().splitlines()[0] if error is None else _first_line(error)
+            remark(f"torch.compile failed for a part of the models, which runs without it, which is slower: {why}")
+        said = True
+        return False
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _blocks(*models: nn.Module) -> list[nn.Module]:
@@ -119,6 +162,6 @@ def _blocks(*models: nn.Module) -> list[nn.Module]:
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """Return what the compiled code of a block depends on: its class, its attributes' names, and its tensors' shapes."""
+    """Return what the compiled code of a block depends on: its class, and its parameters' names, shapes and dtypes."""
     shapes = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
     return type(block), shapes

@@ -23,7 +23,7 @@ from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
 from thanos.model.loading import check_token_ids, end_of_text_id
 from thanos.model.opening import OpenedModel
 from thanos.model.source import ModelSource, find_local
-from thanos.recovery.compiling import check_compile, check_compiles, use_compiler
+from thanos.recovery.compiling import check_compile, check_compiles, compiled_if_wanted
 from thanos.recovery.distance import Distillation
 from thanos.recovery.generated import kept_sequences
 from thanos.recovery.guard import Guard
@@ -258,10 +258,10 @@ def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) ->
     module = Distillation(pruned.meta_model, pair.dense.meta_model)
     if newest is not None and history[-1]["step"] >= recipe.steps:
         return guard, ""
-    compiled = use_compiler(recipe, job.device, module, notes, job.emit, job.meter)
-    arguments = (recipe, work, job.device, job.world, job.emit, job.meter, compiled)
+    arguments = (recipe, work, job.device, job.world, job.emit, job.meter)
     training = Training(module, masks, ids, calibration.bos_ids, pair.size, guard, *arguments)
-    with job.meter.phase("train"), named_damage(pair):
+    compiler = compiled_if_wanted(recipe, job.device, module, notes, job.emit, job.meter)
+    with compiler, job.meter.phase("train"), named_damage(pair):
         ended = training.run(newest)
     if ended:
         job.emit(

@@ -6,7 +6,6 @@ Import this module only after :func:`~thanos.recovery.setup.require_trainer`: th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from thanos.engine.distributed import World
 from thanos.events import Event
 from thanos.model.experts import mixtures
 from thanos.model.layers import find_blocks
-from thanos.recovery.compiling import compiled
 from thanos.recovery.dense_outputs import keep_outputs
 from thanos.recovery.distance import Distillation
 from thanos.recovery.guard import Guard
@@ -58,7 +56,6 @@ class Training:
         world: the processes.
         emit: function that is called with events.
         meter: meter of seconds and memory by phase.
-        compiled: whether the models run compiled.
     """
 
     module: Distillation
@@ -73,7 +70,6 @@ class Training:
     world: World
     emit: Callable[[Event], None]
     meter: PhaseMeter
-    compiled: bool = False
 
     @property
     def micro_batch(self) -> int:
@@ -89,14 +85,13 @@ class Training:
         Returns:
             Why the training ended early; empty if it did not.
         """
-        with compiled(self.module) if self.compiled else nullcontext():
-            if not self.recipe.vary:  # the dense model gets the same text in all epochs
-                with self.meter.phase("dense"):
-                    self._keep_outputs()
-            with own_state(self.device):
-                watch = Watch(self)
-                trainer = _RecoveryTrainer(self, _arguments(self), watch)
-                trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        if not self.recipe.vary:  # the dense model gets the same text in all epochs
+            with self.meter.phase("dense"):
+                self._keep_outputs()
+        with own_state(self.device):
+            watch = Watch(self)
+            trainer = _RecoveryTrainer(self, _arguments(self), watch)
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         return watch.ended
 
     def _keep_outputs(self) -> None:
