@@ -18,8 +18,9 @@ import thanos
 from helpers import save_tiny, small_gguf, tiny_tokenizer
 from recovering import prune, settings
 from thanos.cli import run
-from thanos.errors import ModelError, NumericsError, RecipeError, UserError
+from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, UserError
 from thanos.recovery import setup as entry
+from thanos.run.lock import locked
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
 
@@ -221,3 +222,28 @@ def test_the_command_exits_with_2_and_one_line(
     assert run([*words, "--dense", str(pruned), "--samples", "3"]) == 2
     assert "too few" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_messages_name_the_folder_to_write_as_the_command_does(
+    pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """OUT is the pruned model here, so a message about the other folder must not call it OUT."""
+
+    def message(out: Any) -> str:
+        with pytest.raises((UserError, ResourceError)) as caught:
+            thanos.recover(pruned, out, dense=tiny_llama, recipe=settings(text_file))
+        return str(caught.value)
+
+    full, file = tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    for path in (full / "text", file):
+        path.touch()
+    assert message(full).startswith(f"OUT2 {full} exists and is not empty")
+    assert message(file).startswith(f"OUT2 {file} is a file")
+    assert message(file / "out").startswith(f"cannot write next to OUT2 {file / 'out'}")
+    assert message(pruned).startswith(f"OUT2 {pruned} is the model's own folder")
+    assert message(pruned / "out").startswith(f"OUT2 {pruned / 'out'} is the model's own folder, or inside it")
+    assert message(pruned.parent).startswith(f"OUT2 {pruned.parent} holds the model")
+    assert message("").startswith("OUT2 must be the path of a folder")
+    with locked(tmp_path / "busy"):
+        assert message(tmp_path / "busy").startswith(f"OUT2 {tmp_path / 'busy'} is being written")

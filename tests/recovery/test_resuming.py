@@ -163,7 +163,7 @@ def test_an_interrupted_run_is_neither_continued_nor_deleted_unasked(
 ) -> None:
     out, recipe = tmp_path / "out2", settings(text_file)
     work = interrupted(pruned, out, tiny_llama, recipe, 3)
-    with pytest.raises(UserError, match="an interrupted run of OUT out2 finished 2 of 6 steps; --resume continues it"):
+    with pytest.raises(UserError, match="an interrupted run of OUT2 out2 finished 2 of 6 steps; --resume continues it"):
         thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe)
     with pytest.raises(UserError, match=r"this is not the run that was interrupted: rate 0\.001 → 0\.002"):
         thanos.recover(pruned, out, dense=tiny_llama, recipe=settings(text_file, rate=2e-3), resume=True)
@@ -197,7 +197,7 @@ def test_a_complete_run_given_again_is_complete_and_nothing_is_written(
     assert again == report
     assert any("already complete" in note for note in notes)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*")} == before
-    with pytest.raises(UserError, match="is complete, but another run made it: epochs 3 → 4"):
+    with pytest.raises(UserError, match=r"OUT2 .* is complete, but another run made it: epochs 3 → 4"):
         thanos.recover(pruned, out, dense=tiny_llama, recipe=settings(text_file, epochs=4), resume=True)
 
 

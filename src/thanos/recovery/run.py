@@ -90,6 +90,8 @@ def recover(
     run in bfloat16. After every epoch the loss on held-out sequences is measured, with the weights rounded to the data types in
     which they are stored. The state with the smallest loss is written, or the original if no epoch lowered the loss.
 
+    Messages call ``model`` OUT and ``out`` OUT2, as the command does.
+
     Args:
         model: the pruned model: a local folder or a hub name, pruned by any tool. It has zeros, or fewer blocks, neurons or
             heads than ``dense``.
@@ -109,7 +111,7 @@ def recover(
         UserError: the arguments cannot be used, or the models do not belong together; nothing was written.
         ResourceError: memory or disk is exhausted.
     """
-    recipe, model, out = checked_recipe(recipe), model_name(model, "OUT"), output_path(out)
+    recipe, model, out = checked_recipe(recipe), model_name(model, "OUT"), output_path(out, RecoveryFolder.called)
     dense = model_name(dense, "the dense model")
     require_trainer()
     work = RecoveryFolder(out)
@@ -120,7 +122,7 @@ def recover(
 
     def check() -> None:
         for each in local or [None]:
-            check_output(out, model=each, overwrite=overwrite or (resume and work.published))
+            check_output(out, model=each, overwrite=overwrite or (resume and work.published), name=work.called)
 
     if is_main_process() and not complete:
         if calibration is None:
@@ -141,12 +143,12 @@ def recover(
         if complete:
             if job.leads:
                 check_completed(work, recipe.text, now, calibration)
-                message = f"OUT {out} is already complete, made by the same run: nothing to do"
+                message = f"{work.called} {out} is already complete, made by the same run: nothing to do"
                 emit(Event(kind="note", phase="load", message=message))
             return world.from_first(lambda: _read(work.out))
         if job.leads:
             # The work folder is created only after all other checks have passed.
-            stack.enter_context(locked(out))
+            stack.enter_context(locked(out, work.called))
             work.tidy(resume=resume)
             check()
             check_interrupted(work, resume=resume, overwrite=overwrite)

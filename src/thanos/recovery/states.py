@@ -43,6 +43,7 @@ class RecoveryFolder(WorkFolder):
 
     suffix = "recovery"
     unit = "steps"
+    called = "OUT2"
 
     def __init__(self, out: Path) -> None:
         super().__init__(out)

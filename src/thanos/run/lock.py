@@ -32,10 +32,11 @@ def lock_path(out: Path) -> Path:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def locked(out: Path, name: str = "OUT") -> Iterator[None]:
     """Hold the lock of an output folder. Missing parent folders are created, and removed at the end if they are still empty.
 
-    Raises UserError, which names the process, if another one holds the lock, and ResourceError if the folder cannot be written.
+    ``name`` is what the command calls the folder. Raises UserError, which names the process, if another one holds the lock, and
+    ResourceError if the folder cannot be written.
     """
     path = lock_path(out)
     made = [parent for parent in path.parents if not parent.exists()]
@@ -44,10 +45,10 @@ def locked(out: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             # filelock waits for a file that it cannot create, as if another process held the lock.
             path.open("ab").close()
-            lock = _acquire(path, out)
+            lock = _acquire(path, out, name)
         except OSError as error:
             raise ResourceError(
-                f"cannot write next to OUT {out}: no lock file can be created in {path.parent} ({error.strerror}); choose "
+                f"cannot write next to {name} {out}: no lock file can be created in {path.parent} ({error.strerror}); choose "
                 "another folder"
             ) from error
         try:
@@ -64,21 +65,21 @@ def locked(out: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _acquire(path: Path, out: Path) -> BaseFileLock:
+def _acquire(path: Path, out: Path, name: str) -> BaseFileLock:
     try:
-        return _acquired(FileLock(path, fallback_to_soft=False), out)
+        return _acquired(FileLock(path, fallback_to_soft=False), out, name)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-    return _acquired(SoftFileLock(path.with_suffix(".held")), out)
+    return _acquired(SoftFileLock(path.with_suffix(".held")), out, name)
 
 
-def _acquired(lock: BaseFileLock, out: Path) -> BaseFileLock:
+def _acquired(lock: BaseFileLock, out: Path, name: str) -> BaseFileLock:
     try:
         lock.acquire(timeout=_SECONDS, poll_interval=_SECONDS / 10)
     except Timeout as error:
         raise UserError(
-            f"OUT {out} is being written by {_holder(Path(lock.lock_file))}; wait for it, or choose another folder"
+            f"{name} {out} is being written by {_holder(Path(lock.lock_file))}; wait for it, or choose another folder"
         ) from error
     return lock
 

@@ -92,17 +92,17 @@ def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], ca
     UserError if another run made the output (the message lists every difference), if a shard is missing or has another size,
     or if the output has no description of its run.
     """
-    before, out, otherwise = work.completed_run, work.out, "choose another OUT, or give --overwrite to start over"
+    before, out, otherwise = work.completed_run, work.out, f"choose another {work.called}, or give --overwrite to start over"
     if not before:
-        raise UserError(f"OUT {out} is complete, but has no {RUN_NAME} that says which run made it; {otherwise}")
+        raise UserError(f"{work.called} {out} is complete, but has no {RUN_NAME} that says which run made it; {otherwise}")
     known = {"text": describe_text(recipe)} if calibration is None else {"calibration": calibration.to_dict()}
     found = find_differences(before, _without_folders({**now, **known}))
     if found:
-        raise UserError(f"OUT {out} is complete, but another run made it: {'; '.join(found)}; {otherwise}")
+        raise UserError(f"{work.called} {out} is complete, but another run made it: {'; '.join(found)}; {otherwise}")
     sizes = _describe_output(out)
     for name, size in before.get("output", {}).items():
         if sizes.get(name) != size:
-            raise UserError(f"OUT {out} was complete, but its {name} is now missing or of another size; {otherwise}")
+            raise UserError(f"{work.called} {out} was complete, but its {name} is now missing or of another size; {otherwise}")
 
 
 def _without_folders(run: Mapping[str, Any]) -> dict[str, Any]:

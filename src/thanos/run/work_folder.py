@@ -38,10 +38,12 @@ class WorkFolder:
         journal: the journal of finished blocks.
         suffix: end of the work folder's name.
         unit: name of the units that are counted as finished, and key of their total number in ``run.json``.
+        called: what the command calls the output folder.
     """
 
     suffix = "partial"
     unit = "blocks"
+    called = "OUT"
 
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()  # follows symbolic links, so that the work folder is on the disk of the output
@@ -108,7 +110,7 @@ class WorkFolder:
             write_atomically(self._run, json_text(run).encode(), durable=True)
             sync(self.path.parent)
         except OSError as error:
-            raise ResourceError(f"cannot write next to OUT {self.out}: {error.strerror}") from error
+            raise ResourceError(f"cannot write next to {self.called} {self.out}: {error.strerror}") from error
 
     def take_up(self, shards: set[str]) -> None:
         """Delete everything in ``model/`` that an interrupted run left, except these shards and the event log."""
@@ -155,8 +157,9 @@ class WorkFolder:
         if replaces:
             if not overwrite:
                 raise UserError(
-                    f"OUT {self.out.name} was created during the run; the result is kept. Move OUT away and give --resume, or "
-                    "give both options: --resume takes the result, --overwrite lets it replace OUT"
+                    f"{self.called} {self.out.name} was created during the run; the result is kept. Move it away and give "
+                    "--resume, or give both options: --resume takes the result, --overwrite lets it replace "
+                    f"{self.called}"
                 )
             # Two renames are not atomic together. After a crash between them, tidy() restores the old OUT.
             shutil.rmtree(self._old, ignore_errors=True)
@@ -199,32 +202,34 @@ def _read(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
+def check_output(out: Path, *, model: Path | None, overwrite: bool, name: str = "OUT") -> None:
     """Check that an output folder may be written. Changes nothing.
 
-    ``model`` is the input model's folder or file, which must not be overwritten; None if it is not local. Raises UserError if
-    ``out`` is a file, is or contains the model, is inside a model's folder, or is not empty and may not be replaced:
-    ``overwrite`` is not set, or ``out`` is no checkpoint. Raises ResourceError if the parent folder is not writable, or cannot
-    be created.
+    ``model`` is the input model's folder or file, which must not be overwritten; None if it is not local. ``name`` is what the
+    command calls ``out``.
+
+    Raises UserError if ``out`` is a file, is or contains the model, is inside a model's folder, or is not empty and may not be
+    replaced: ``overwrite`` is not set, or ``out`` is no checkpoint. Raises ResourceError if the parent folder is not writable,
+    or cannot be created.
     """
     resolved = out.resolve()
     if model is not None:
         model = model.resolve()
         if resolved == model or model in resolved.parents:
-            raise UserError(f"OUT {out} is the model's own folder, or inside it; choose a folder outside {model}")
+            raise UserError(f"{name} {out} is the model's own folder, or inside it; choose a folder outside {model}")
         if resolved in model.parents:
-            raise UserError(f"OUT {out} holds the model {model}, which would be lost; choose another folder")
-    refuse_inside_model(out)
+            raise UserError(f"{name} {out} holds the model {model}, which would be lost; choose another folder")
+    refuse_inside_model(out, name)
     swapped = "; MODEL comes first, then OUT" if model is None and _is_model(resolved) else ""
     if resolved.exists() and not resolved.is_dir():
-        raise UserError(f"OUT {out} is a file; give the name of a folder{swapped}")
-    _check_parent(out, resolved)
+        raise UserError(f"{name} {out} is a file; give the name of a folder{swapped}")
+    _check_parent(out, resolved, name)
     if resolved.is_dir() and any(resolved.iterdir()):
         if not overwrite:
-            raise UserError(f"OUT {out} exists and is not empty; choose another folder, or give --overwrite{swapped}")
+            raise UserError(f"{name} {out} exists and is not empty; choose another folder, or give --overwrite{swapped}")
         if not any(resolved.glob("*.safetensors")) and not (resolved / "config.json").exists():
             raise UserError(
-                f"OUT {out} is not a model checkpoint, so --overwrite will not delete it; choose another folder"
+                f"{name} {out} is not a model checkpoint, so --overwrite will not delete it; choose another folder"
             )
 
 
@@ -241,16 +246,16 @@ def holds_model(folder: Path) -> bool:
     return configured and any(path.suffix.lower() in _WEIGHTS for path in folder.glob("*.*"))
 
 
-def _check_parent(out: Path, resolved: Path) -> None:
+def _check_parent(out: Path, resolved: Path, name: str) -> None:
     """Raise ResourceError if OUT cannot be created in its parent folder."""
     parent = resolved.parent
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir():
-        raise ResourceError(f"cannot write next to OUT {out}: {parent} is a file; choose a path in a folder")
+        raise ResourceError(f"cannot write next to {name} {out}: {parent} is a file; choose a path in a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ResourceError(
-            f"cannot write next to OUT {out}: you have no permission to write in {parent}; choose another folder"
+            f"cannot write next to {name} {out}: you have no permission to write in {parent}; choose another folder"
         )
 
 
@@ -271,7 +276,7 @@ def interrupted_line(work: WorkFolder, *, own: bool = True) -> str:
     """Return in one line how far an interrupted run is, and the options for it; empty if there is none."""
     if not (finished := work.finished):
         return ""
-    line = f"an interrupted run of OUT {work.out.name} finished {finished} of {work.run[work.unit]} {work.unit}; "
+    line = f"an interrupted run of {work.called} {work.out.name} finished {finished} of {work.run[work.unit]} {work.unit}; "
     if own:
         return f"{line}--resume continues it, --overwrite starts over"
     return f"{line}its own command continues it with --resume, and --overwrite discards it; or give another OUT"

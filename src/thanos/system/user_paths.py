@@ -36,10 +36,10 @@ def model_name(model: Any, what: str = "MODEL") -> str:
     raise ModelError(f"{what} must be {_ALLOWED}; got {kind} {str(model)[:60]!r}")
 
 
-def output_path(out: Any) -> Path:
-    """Return the path of an output folder. Raises UserError if ``out`` is empty or is not a path."""
+def output_path(out: Any, name: str = "OUT") -> Path:
+    """Return the path of the output folder ``name``. Raises UserError if ``out`` is empty or is not a path."""
     if not isinstance(out, str | os.PathLike) or not os.fsdecode(out).strip():
-        raise UserError(f"OUT must be the path of a folder; got {str(out)[:60]!r}")
+        raise UserError(f"{name} must be the path of a folder; got {str(out)[:60]!r}")
     return expanded(os.fsdecode(out))
 
 
