@@ -166,7 +166,7 @@ def disk_shortage(needed: int, free: int, folder: Path) -> str:
         return ""
     return (
         f"disk full: the output needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
-        "free some space, or write OUT to another disk"
+        "free some space, or write the output to another disk"
     )
 
 

@@ -92,9 +92,12 @@ def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], ca
     UserError if another run made the output (the message lists every difference), if a shard is missing or has another size,
     or if the output has no description of its run.
     """
-    before, out, otherwise = work.completed_run, work.out, f"choose another {work.called}, or give --overwrite to start over"
+    before, out = work.completed_run, work.out
+    otherwise = f"choose another {work.called}, or give --overwrite to start over"
     if not before:
-        raise UserError(f"{work.called} {out} is complete, but has no {RUN_NAME} that says which run made it; {otherwise}")
+        raise UserError(
+            f"{work.called} {out} is complete, but has no {RUN_NAME} that says which run made it; {otherwise}"
+        )
     known = {"text": describe_text(recipe)} if calibration is None else {"calibration": calibration.to_dict()}
     found = find_differences(before, _without_folders({**now, **known}))
     if found:
@@ -102,7 +105,9 @@ def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], ca
     sizes = _describe_output(out)
     for name, size in before.get("output", {}).items():
         if sizes.get(name) != size:
-            raise UserError(f"{work.called} {out} was complete, but its {name} is now missing or of another size; {otherwise}")
+            raise UserError(
+                f"{work.called} {out} was complete, but its {name} is now missing or of another size; {otherwise}"
+            )
 
 
 def _without_folders(run: Mapping[str, Any]) -> dict[str, Any]:

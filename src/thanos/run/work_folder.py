@@ -226,7 +226,9 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool, name: str = 
     _check_parent(out, resolved, name)
     if resolved.is_dir() and any(resolved.iterdir()):
         if not overwrite:
-            raise UserError(f"{name} {out} exists and is not empty; choose another folder, or give --overwrite{swapped}")
+            raise UserError(
+                f"{name} {out} exists and is not empty; choose another folder, or give --overwrite{swapped}"
+            )
         if not any(resolved.glob("*.safetensors")) and not (resolved / "config.json").exists():
             raise UserError(
                 f"{name} {out} is not a model checkpoint, so --overwrite will not delete it; choose another folder"
