@@ -140,6 +140,12 @@ def test_a_block_that_cannot_be_compiled_is_one_note(
     assert report.held_out_after == pytest.approx(recovered[1].held_out_after, rel=1e-4)
 
 
+@pytest.mark.parametrize("value", ["no", 1, 0.5])
+def test_compile_is_true_false_or_left_out(value: Any, text_file: Path) -> None:
+    with pytest.raises(thanos.errors.RecipeError, match=f"compile must be true, false or left out; got {value!r}"):
+        settings(text_file, compile=value)
+
+
 def test_compile_and_shard_are_refused(text_file: Path) -> None:
     with pytest.raises(thanos.errors.RecipeError, match="compile does not work with shard"):
         compiling.check_compile(settings(text_file, compile=True, shard=True))
