@@ -247,3 +247,16 @@ def test_messages_name_the_folder_to_write_as_the_command_does(
     assert message("").startswith("OUT2 must be the path of a folder")
     with locked(tmp_path / "busy"):
         assert message(tmp_path / "busy").startswith(f"OUT2 {tmp_path / 'busy'} is being written")
+
+
+def test_an_adapter_among_the_weights_is_named(pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """transformers does not read it, so neither model is the one that its owner may expect."""
+    folders = {}
+    for what, folder in (("OUT", pruned), ("the dense model", tiny_llama)):
+        added = {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}
+        folders[what] = edit(copy(folder, tmp_path / what), lambda tensors, added=added: tensors.update(added))
+    report = thanos.recover(
+        folders["OUT"], tmp_path / "out2", dense=folders["the dense model"], recipe=settings(text_file)
+    )
+    for what in folders:
+        assert any(line.startswith(f"{what}: the weights of {what} contain an adapter") for line in report.warnings)

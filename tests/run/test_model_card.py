@@ -258,6 +258,9 @@ def test_the_card_tells_of_tuning_where_there_was_any() -> None:
     assert "2 of 3 blocks were then tuned with their zeros fixed" in card
     assert "became 0.8 times its former value (the others did not improve and were left unchanged)." in card
     assert "2 of 2 blocks" in model_card(report(tuning=tuned[:2]))
+    card = model_card(report(tuning=[tuned[0], tuned[2], tuned[2]]))  # two of three are unchanged, so not the median
+    assert "1 of 3 blocks was then tuned" in card
+    assert "became 0.5 times its former value (the others" in card
     assert "the others" not in model_card(report(tuning=tuned[:2]))
     card = model_card(report(tuning=tuned[2:] * 3))
     assert (

@@ -57,11 +57,16 @@ def tuning_line(records: Sequence[TuningRecord], *, has_zeros: bool = True) -> s
 
     ``has_zeros`` says whether the model has zeros that were kept; a smaller one has none.
     """
-    pairs = [(one.held_out_before, one.held_out_after) for one in records]
-    ratios = sorted(after / before for before, after in pairs if before and after is not None)
-    if not ratios:
+    measured = [
+        (bool(one.kept_epoch), one.held_out_after / one.held_out_before)
+        for one in records
+        if one.held_out_before and one.held_out_after is not None
+    ]
+    if not measured:
         return ""
-    kept = sum(bool(one.kept_epoch) for one in records)
+    # The blocks that were left unchanged do not count in the median: their ratio is 1.
+    ratios = sorted(ratio for improved, ratio in measured if improved)
+    kept = len(ratios)
     how = " with their zeros fixed," if has_zeros else ""
     if not kept:
         return (
@@ -69,7 +74,7 @@ def tuning_line(records: Sequence[TuningRecord], *, has_zeros: bool = True) -> s
             "sequences, so all were left unchanged"
         )
     text = (
-        f"{kept} of {len(records)} blocks were then tuned{how} towards the dense blocks' outputs; "
-        f"the median block's error on held-out sequences became {ratios[len(ratios) // 2]:.3g} times its former value"
+        f"{kept} of {len(records)} blocks {'was' if kept == 1 else 'were'} then tuned{how} towards the dense blocks' outputs; "
+        f"in the median of them the error on held-out sequences became {ratios[kept // 2]:.3g} times its former value"
     )
     return text if kept == len(records) else f"{text} (the others did not improve and were left unchanged)"

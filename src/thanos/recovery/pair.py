@@ -15,6 +15,7 @@ from thanos.errors import ModelError, NumericsError
 from thanos.events import Event, Watcher
 from thanos.model.bos import added_bos
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers
+from thanos.model.loading import adapter_notes
 from thanos.model.meta_model import persistent_tensors
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource, find_local, resolve_model
@@ -107,6 +108,9 @@ def open_pair(
     """
     pruned = open_model(source, "float32")
     dense = open_model(parent, "auto" if device.type == "cuda" else "float32")
+    for opened in (pruned, dense):
+        if opened.source.gguf is None:  # open_model has noted that of a GGUF file
+            opened.notes.extend(adapter_notes(opened.source))
     for note in notes_on(pruned, dense):
         watch(Event(kind="note", phase="load", message=note))
     smaller = _check_shapes(pruned, dense)
