@@ -18,7 +18,7 @@ import thanos
 from helpers import save_tiny, small_gguf, tiny_tokenizer
 from recovering import prune, settings
 from thanos.cli import run
-from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, UserError
+from thanos.errors import DataError, ModelError, NumericsError, RecipeError, ResourceError, UserError
 from thanos.recovery import setup as entry
 from thanos.run.lock import locked
 
@@ -260,3 +260,15 @@ def test_an_adapter_among_the_weights_is_named(pruned: Path, tiny_llama: Path, t
     )
     for what in folders:
         assert any(line.startswith(f"{what}: the weights of {what} contain an adapter") for line in report.warnings)
+
+
+def test_a_source_of_text_as_windows(pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    given: Any = str(text_file)
+    line = r"calibration must be windows .*; got str '.*; a source of text belongs into the recipe"
+    with pytest.raises(DataError, match=line):
+        thanos.recover(pruned, tmp_path / "o", dense=tiny_llama, recipe=settings(text_file), calibration=given)
+    with pytest.raises(DataError, match=line):
+        thanos.prune(tiny_llama, tmp_path / "o", calibration=given)
+    with pytest.raises(DataError, match=line):
+        thanos.plan(tiny_llama, tmp_path / "o", calibration=given)
+    assert not (tmp_path / "o").exists()

@@ -94,6 +94,15 @@ class Calibration:
         }
 
 
+def check_is_calibration(given: Any) -> None:
+    """Raise DataError if the argument ``calibration`` of a run is neither windows nor None."""
+    if given is not None and not isinstance(given, Calibration):
+        raise DataError(
+            "calibration must be windows from thanos.calibration.windows.build_calibration; got "
+            f"{type(given).__name__} {str(given)[:60]!r}; a source of text belongs into the recipe: calibration='text.jsonl'"
+        )
+
+
 def build_calibration(
     source: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,

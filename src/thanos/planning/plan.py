@@ -16,7 +16,7 @@ import torch
 
 from thanos._version import __version__
 from thanos.calibration.making import calibrate
-from thanos.calibration.windows import Calibration
+from thanos.calibration.windows import Calibration, check_is_calibration
 from thanos.checkpoint.writer import disk_shortage
 from thanos.engine.activations import check_tier
 from thanos.errors import RecipeError, resource_errors
@@ -128,6 +128,7 @@ def plan(
     if launched():
         raise RecipeError("a plan is made for one process; run it without torchrun")
     check_tier(activations)
+    check_is_calibration(calibration)
     local = find_local(model, trust_remote_code=recipe.trust_remote_code)
     work = WorkFolder(out)
     check_output(out, model=Path(model) if local else None, overwrite=overwrite)

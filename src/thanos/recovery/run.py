@@ -14,7 +14,7 @@ from torch import Tensor
 
 from thanos.calibration.making import make_calibration
 from thanos.calibration.text import check_text_exists
-from thanos.calibration.windows import Calibration
+from thanos.calibration.windows import Calibration, check_is_calibration
 from thanos.checkpoint.writer import check_room
 from thanos.engine.distributed import World
 from thanos.engine.joining import join, my_device
@@ -114,6 +114,7 @@ def recover(
     recipe, model, out = checked_recipe(recipe), model_name(model, "OUT"), output_path(out, RecoveryFolder.called)
     dense = model_name(dense, "the dense model")
     require_trainer()
+    check_is_calibration(calibration)
     work = RecoveryFolder(out)
     trust = recipe.trust_remote_code
     named = {"OUT": model, "the dense model": dense}

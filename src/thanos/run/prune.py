@@ -12,7 +12,7 @@ import torch
 
 from thanos.calibration.making import calibrate
 from thanos.calibration.text_files import text_paths
-from thanos.calibration.windows import Calibration
+from thanos.calibration.windows import Calibration, check_is_calibration
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_tier
 from thanos.engine.distributed import World
@@ -108,6 +108,7 @@ def prune(
     """
     recipe, model, out = checked_recipe(recipe), model_name(model), output_path(out)
     check_tier(activations)
+    check_is_calibration(calibration)
     work = WorkFolder(out)
     local = Path(model) if find_local(model, trust_remote_code=recipe.trust_remote_code) else None
     complete = resume and not overwrite and work.is_complete
