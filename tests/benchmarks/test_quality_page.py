@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,16 +71,21 @@ def test_a_model_without_a_row_is_refused() -> None:
         quality_page.chosen(ROWS, "dense = x; b = y")
 
 
-def test_what_the_page_concludes_is_what_its_numbers_say() -> None:
-    """The statements of README and quality.md about SmolLM2-135M."""
-    rows = {row.label: row for row in merged(read_comparisons([SMOLLM2]))}
-    first = next(iter(rows))
+def stored(document: Path) -> tuple[dict[str, Row], str, Callable[[str, str], float]]:
+    """A stored comparison: label → row, the label of the dense model, and (label, field) → number, which was measured."""
+    rows = {row.label: row for row in merged(read_comparisons([document]))}
 
     def value(label: str, field: str) -> float:
         found = value_of(rows[label], field)
         assert found is not None
         return found
 
+    return rows, next(iter(rows)), value
+
+
+def test_what_the_page_concludes_is_what_its_numbers_say() -> None:
+    """The statements of README and quality.md about SmolLM2-135M."""
+    rows, first, value = stored(SMOLLM2)
     front = {row.label for row in front_of(list(rows.values()), "weight_bytes")}
     assert front == {"neurons20-recovered int8", f"{first} int4", f"{first} int8", first}
     pruned = [label for label in rows if not label.startswith(first)]
@@ -96,14 +102,7 @@ def test_what_the_page_concludes_is_what_its_numbers_say() -> None:
 
 def test_what_the_pages_conclude_about_the_larger_model_is_what_its_numbers_say() -> None:
     """The statements of README and quality.md about Qwen2.5-Coder-0.5B."""
-    rows = {row.label: row for row in merged(read_comparisons([QWEN]))}
-    first = next(iter(rows))
-
-    def value(label: str, field: str) -> float:
-        found = value_of(rows[label], field)
-        assert found is not None
-        return found
-
+    rows, first, value = stored(QWEN)
     by_bytes = {row.label for row in front_of(list(rows.values()), "weight_bytes")}
     assert by_bytes == {f"{first} int4", "neurons20-recovered int8", f"{first} int8", first}
     for field in ("weight_bytes", "perplexity"):

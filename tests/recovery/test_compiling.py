@@ -15,7 +15,7 @@ from helpers import save_tiny, tiny_model
 from recovering import prune, read, settings
 from thanos.model.experts import unfuse
 from thanos.recovery import compiling
-from thanos.recovery.distance import Distillation
+from thanos.recovery.distance import Distillation, divergence
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
 
@@ -60,9 +60,12 @@ def test_the_blocks_run_as_before_afterwards() -> None:
     models = module()
     block = models.student.get_submodule("model.layers.0")
     assert block._compiled_call_impl is None
+    assert models._divergence is divergence
     with compiling.compiled(models, lambda _: None):
         assert block._compiled_call_impl is not None
+        assert models._divergence is not divergence
     assert block._compiled_call_impl is None
+    assert models._divergence is divergence
 
 
 def test_it_is_used_where_it_saves_time(text_file: Path) -> None:

@@ -182,9 +182,8 @@ class _Run:
         source = resolve_model(entries[0].model, trust_remote_code=trust, packed=True)
         self._opened[entries[0].model] = source  # its config and tokenizer are read once
         for name in dict.fromkeys(entry.model for entry in entries[1:] if entry.model != entries[0].model):
-            if (
-                find_local(name, trust_remote_code=trust, packed=True) is None
-            ):  # a misspelt folder is taken for a hub name
+            # A misspelt folder is taken for a hub name.
+            if find_local(name, trust_remote_code=trust, packed=True) is None:
                 self._opened[name] = resolve_model(name, trust_remote_code=trust, packed=True)
         self._dtype = running_dtype(source, self.request.dtype)
         for entry in entries:

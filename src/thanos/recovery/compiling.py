@@ -8,7 +8,7 @@ of one kind share their compiled code.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,7 @@ def check_compile(recipe: RecoveryRecipe) -> None:
 
 def check_compiles(recipe: RecoveryRecipe, *models: nn.Module) -> None:
     """Raise RecipeError if the recipe asks for the compiler, and a model is a mixture of experts."""
-    if recipe.compile and any(any(mixtures(block)) for block in _blocks(*models)):
+    if recipe.compile and _have_experts(_blocks(*models)):
         raise RecipeError(
             "compile does not work for a mixture of experts: each expert gets another number of tokens in every pass, and "
             "each number would be compiled anew; leave out --compile"
@@ -93,7 +93,7 @@ def _wanted(recipe: RecoveryRecipe, device: torch.device, module: Distillation) 
     if device.type != "cuda" or recipe.shard or recipe.steps < LEAST_STEPS:
         return False
     blocks = _blocks(module.student, module.teacher.model)
-    return len({_kind(block) for block in blocks}) <= KINDS and not any(any(mixtures(block)) for block in blocks)
+    return len({_kind(block) for block in blocks}) <= KINDS and not _have_experts(blocks)
 
 
 def fault(device: torch.device) -> str:
@@ -121,11 +121,12 @@ def compiled(module: Distillation, remark: Callable[[str], None]) -> Iterator[No
     config: Any = torch._dynamo.config
     for block in blocks:
         block.compile(dynamic=False)
-    module.compile_divergence()
+    module.compile_divergence(True)
     try:
         with config.patch(recompile_limit=_RECOMPILE_LIMIT, suppress_errors=True), _failures(remark):
             yield
     finally:
+        module.compile_divergence(False)
         for block in blocks:
             block._compiled_call_impl = None
 
@@ -159,6 +160,10 @@ def _failures(remark: Callable[[str], None]) -> Iterator[None]:
 
 def _blocks(*models: nn.Module) -> list[nn.Module]:
     return [block for model in models for block in find_blocks(model)[1]]
+
+
+def _have_experts(blocks: Iterable[nn.Module]) -> bool:
+    return any(any(mixtures(block)) for block in blocks)
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:

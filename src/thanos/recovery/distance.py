@@ -164,10 +164,10 @@ class Distillation(nn.Module):
         del mode
         return self
 
-    def compile_divergence(self) -> None:
-        """Compute the divergence by compiled code, on larger chunks on CUDA."""
-        self._divergence = torch.compile(divergence, dynamic=False)
-        self._chunk_logits = _CHUNK_LOGITS | {"cuda": _COMPILED_CHUNK_LOGITS}
+    def compile_divergence(self, on: bool) -> None:
+        """Compute the divergence by compiled code, on larger chunks on CUDA; or again as before."""
+        self._divergence = torch.compile(divergence, dynamic=False) if on else divergence
+        self._chunk_logits = _CHUNK_LOGITS | ({"cuda": _COMPILED_CHUNK_LOGITS} if on else {})
 
     def forward(self, ids: Tensor, numbers: Tensor | None = None) -> Tensor:
         """Return the mean KL divergence, in nats per token: a scalar, float32 (float64 if the models are float64).
