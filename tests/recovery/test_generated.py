@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import thanos
 from recovering import VARIED, prune, read, settings
 from thanos.calibration import continued
-from thanos.calibration.continued import PROMPT, SEGMENT, generate_sequences
+from thanos.calibration.continued import PROMPT, generate_sequences
 from thanos.calibration.generation import Part
 from thanos.cli.interrupts import EndedEarly, resumable
 from thanos.engine.distributed import World
 from thanos.errors import RecipeError, UserError
+from thanos.recipe.repair import SEGMENT
 from thanos.recovery.generated import kept_sequences
 from thanos.recovery.states import RecoveryFolder
 
@@ -52,17 +53,21 @@ def test_pieces_of_the_text_are_continued_by_the_model(bos: tuple[int, ...], tin
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
 
 
-def test_long_sequences_are_made_of_pieces(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("segment", [100, SEGMENT, 300])
+def test_long_sequences_are_made_of_pieces(segment: int, tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     text = torch.randint(3, model.config.vocab_size, (2, SEGMENT + 70), generator=torch.Generator().manual_seed(0))
     events: list[thanos.Event] = []
-    made = generate_sequences(model, text, (), 3, 7, 0, events.append)
+    made = generate_sequences(model, text, (), 3, 7, 0, events.append, segment=segment)
     stream, rows = made.flatten().tolist(), [row.tolist() for row in text]
-    for first in range(0, len(stream) - PROMPT, SEGMENT):
+    for first in range(0, len(stream) - PROMPT, segment):
         prompt = stream[first : first + PROMPT]
         assert any(prompt == row[i : i + PROMPT] for row in rows for i in range(len(row)))
-    assert [(event.phase, event.done, event.total) for event in events] == [("generate", 4, 4)]
-    again, other = (generate_sequences(model, text, (), 3, seed, 0, lambda event: None) for seed in (7, 8))
+    pieces = -(-len(stream) // segment)
+    assert [(event.phase, event.done, event.total) for event in events] == [("generate", pieces, pieces)]
+    again, other = (
+        generate_sequences(model, text, (), 3, seed, 0, lambda event: None, segment=segment) for seed in (7, 8)
+    )
     assert torch.equal(again, made)
     assert not torch.equal(other, made)
 
@@ -301,7 +306,7 @@ def test_the_processes_meet_after_each_part(tiny_llama: Path, tmp_path: Path, mo
     work.steps.mkdir()
 
     def go(world: World, *, resume: bool = False) -> torch.Tensor:
-        return kept_sequences(model, text, (), 8, 7, 0, lambda event: None, work, world, resume=resume)
+        return kept_sequences(model, text, (), 8, 7, 0, lambda event: None, work, world, segment=SEGMENT, resume=resume)
 
     alone = generate_sequences(model, text, (), 8, 7, 0, lambda event: None)
     first = _Two(0)

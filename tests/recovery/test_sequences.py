@@ -17,6 +17,7 @@ from recovering import VARIED, settings, vary
 from thanos.calibration.making import make_calibration
 from thanos.calibration.windows import begin_windows
 from thanos.model.source import resolve_model
+from thanos.recipe.repair import SEGMENT
 from thanos.recovery.recipe import RecoveryRecipe
 from thanos.recovery.sequences import Sequences, recut, replace_some
 
@@ -43,13 +44,15 @@ def recipe(**changes: Any) -> RecoveryRecipe:
 
 shapes = pytest.mark.parametrize(("count", "length"), [(5, 1024), (3, 523), (4, 300), (6, 33), (1, 256), (2, 3)])
 begins = pytest.mark.parametrize("bos", [(), BOS, (7, 9)])
+segments = pytest.mark.parametrize("segment", [2, SEGMENT, 700, 5000])
 
 
 @shapes
 @begins
-def test_recutting_keeps_every_token_and_bos(count: int, length: int, bos: tuple[int, ...]) -> None:
+@segments
+def test_recutting_keeps_every_token_and_bos(count: int, length: int, bos: tuple[int, ...], segment: int) -> None:
     ids = distinct(count, length, bos)
-    found = recut(ids, bos, generator(3))
+    found = recut(ids, bos, generator(3), segment)
     assert found.shape == ids.shape
     assert torch.equal(found.flatten().sort().values, ids.flatten().sort().values)
     assert (found[:, : len(bos)] == torch.tensor(bos)).all()
@@ -58,12 +61,13 @@ def test_recutting_keeps_every_token_and_bos(count: int, length: int, bos: tuple
 
 @shapes
 @begins
-def test_segments_move_as_a_whole(count: int, length: int, bos: tuple[int, ...]) -> None:
+@segments
+def test_segments_move_as_a_whole(count: int, length: int, bos: tuple[int, ...], segment: int) -> None:
     """Two neighbours in the text are neighbours still, except at the ends of segments and of the text."""
     ids = distinct(count, length, bos)
     begin = len(bos)
-    stream = recut(ids, bos, generator(1))[:, begin:].flatten()
-    size = min(256, length - begin)
+    stream = recut(ids, bos, generator(1), segment)[:, begin:].flatten()
+    size = min(segment, length - begin)
     breaks = int((stream[1:] - stream[:-1] != 1).sum())
     assert breaks <= -(-len(stream) // size)
 

@@ -19,19 +19,19 @@ from thanos.calibration.windows import Calibration, begin_windows
 from thanos.events import Event, Phase
 from thanos.model.loading import check_token_ids
 from thanos.recipe import Recipe
-from thanos.recipe.repair import held_out_count
+from thanos.recipe.repair import SEGMENT, held_out_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SEGMENT = 256
-"""Tokens of a piece: of a continued one, and of those into which the recovery cuts its text."""
-
 PROMPT = 32
-"""Number of tokens of a piece of the calibration text. The dense model continues it to :data:`SEGMENT` tokens."""
+"""Number of tokens of a piece of the calibration text. The dense model continues it to a whole piece."""
 
 PIECES = {"cpu": 16, "cuda": 2048}
-"""Pieces that are continued together, by type of device; fewer if memory does not suffice."""
+"""Pieces that are continued together, by type of device; fewer if they are long, or if memory does not suffice."""
+
+_MOST_TOKENS = {"cpu": 16 * SEGMENT, "cuda": 4096 * SEGMENT}
+"""Tokens of the pieces that are continued together, by type of device. Keys and values of all of them are in memory."""
 
 
 def generate_sequences(
@@ -43,6 +43,7 @@ def generate_sequences(
     pad: int,
     emit: Callable[[Event], None],
     *,
+    segment: int = SEGMENT,
     phase: Phase = "generate",
     done: Sequence[Part] = (),
     keep: Callable[[Part], None] = lambda part: None,
@@ -61,6 +62,7 @@ def generate_sequences(
         seed: seed of the positions and of the sampled tokens.
         pad: any token id.
         emit: function that is called with events of progress.
+        segment: tokens of a piece; at most those of a sequence.
         phase: phase of these events.
         done: the parts that an interrupted call has made, in order, on the same type of device. The next ones have at most the
             size of the last of them.
@@ -71,7 +73,7 @@ def generate_sequences(
     """
     text = ids[:, len(bos) :]
     width = text.shape[1]
-    segment = min(SEGMENT, width)
+    segment = min(segment, width)
     prompt = max(0 if bos else 1, min(PROMPT, segment // 2))  # BOS alone is a prompt, too
     pieces = math.ceil(count * width / segment)
     draw = torch.Generator().manual_seed(seed % SEEDS)
@@ -81,7 +83,8 @@ def generate_sequences(
     length = len(bos) + segment
     parts, made = [*done], None
     kept = sum(len(part.ids) for part in parts)
-    batch = len(parts[-1].ids) if parts else PIECES[model.device.type]
+    kind = model.device.type
+    batch = len(parts[-1].ids) if parts else max(1, min(PIECES[kind], _MOST_TOKENS[kind] // segment))
 
     def add(part: Part) -> None:
         keep(part)

@@ -29,6 +29,9 @@ EFFORT_PARTS = ("scope", *REPAIR_FIELDS[1:])
 HELD_OUT_FRACTION = 1 / 16
 """Fraction of the calibration sequences that are held out unless the recipe says otherwise: 8 of 128."""
 
+SEGMENT = 256
+"""Default number of tokens of a piece that the dense model generates, and of those into which the recovery cuts its text."""
+
 TUNE_RATE = 8e-3
 """Peak learning rate of the tuning, as a fraction of the root mean square of the block's remaining weights. That mean is 0.27
 for SmolLM2-135M at 50 %, where the absolute rate 2e-3 was the best of three (perplexity 31.4 with 3e-4, 30.1 with 1e-3, 29.7

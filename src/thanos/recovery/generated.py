@@ -29,6 +29,7 @@ def kept_sequences(
     work: RecoveryFolder,
     world: World,
     *,
+    segment: int,
     resume: bool,
 ) -> Tensor:
     """Return the sequences of :func:`~thanos.calibration.continued.generate_sequences`.
@@ -60,6 +61,6 @@ def kept_sequences(
         work.keep_part(part)
         world.from_first(lambda: None)
 
-    made = generate_sequences(model, ids, bos, count, seed, pad, emit, done=done, keep=keep)
+    made = generate_sequences(model, ids, bos, count, seed, pad, emit, segment=segment, done=done, keep=keep)
     work.keep_generated(made)
     return world.from_first(lambda: made)

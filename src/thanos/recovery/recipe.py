@@ -11,6 +11,7 @@ from typing import Any
 from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 from thanos.recipe.checks import check_settings
+from thanos.recipe.repair import SEGMENT
 from thanos.settings import Heading, either, setting
 from thanos.system.suggestions import near
 
@@ -29,7 +30,7 @@ _ONE_HELD_OUT_OF = 16
 """By default one sequence of this many is held out: 8 of 128."""
 
 
-_DESCRIBED = ("epochs", "vary", "batch", "micro_batch", "held_out", "generate", "shard", "compile")
+_DESCRIBED = ("epochs", "vary", "batch", "micro_batch", "held_out", "generate", "segment", "shard", "compile")
 """Fields whose descriptions state every allowed value."""
 
 
@@ -54,6 +55,7 @@ class RecoveryRecipe:
             :mod:`thanos.recovery.sequences`. The dense model then runs in each pass.
         generate: number of additional sequences that the dense model generates, only for training; see
             :mod:`thanos.calibration.continued`.
+        segment: tokens of a segment (``vary``) and of a generated piece (``generate``); at most those of a sequence count.
         batch: number of sequences in a step, over all processes.
         micro_batch: number of sequences that a process runs at once; the gradients of several runs are summed. None: on CUDA
             the process's whole part of the batch, on a CPU one. It changes the result only by rounding errors.
@@ -100,6 +102,13 @@ class RecoveryRecipe:
         Heading.RECOVERY,
         "N",
         lowest=0,
+    )
+    segment: int = setting(
+        SEGMENT,
+        "Tokens of the segments into which the text is cut, and of the pieces that the dense model generates",
+        Heading.RECOVERY,
+        "N",
+        lowest=2,
     )
     batch: int = setting(4, "Sequences in a step, over all processes", Heading.RECOVERY, "N", lowest=1)
     micro_batch: int | None = setting(

@@ -282,7 +282,7 @@ def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tenso
     recipe, pad = job.recipe, end_of_text_id(dense.source.tokenizer(), dense.source.config())
     text, bos, model = calibration.ids[: recipe.trained], calibration.bos_ids, cast(Any, dense.meta_model)
     arguments = (model, text, bos, recipe.generate, recipe.seed, pad, job.emit, job.work, job.world)
-    return kept_sequences(*arguments, resume=job.resume)
+    return kept_sequences(*arguments, segment=recipe.segment, resume=job.resume)
 
 
 def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterable[tuple[str, Tensor]]], None] | None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from thanos.calibration.continued import SEGMENT
 from thanos.calibration.generation import SEEDS
 from thanos.calibration.windows import begin_windows
 from thanos.recovery.recipe import RecoveryRecipe
@@ -58,27 +57,28 @@ class Sequences(Dataset[dict[str, Tensor]]):
         order = torch.randperm(len(self._ids), generator=generator)
         if not self._recipe.vary:
             return order, self._ids
-        return order, replace_some(recut(self._ids, self._bos, generator), self._bos, generator)
+        return order, replace_some(recut(self._ids, self._bos, generator, self._recipe.segment), self._bos, generator)
 
 
-def recut(ids: Tensor, bos: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def recut(ids: Tensor, bos: tuple[int, ...], generator: torch.Generator, segment: int) -> Tensor:
     """Cut the text into segments at other positions, and join them in a random order.
 
     All sequences in order are one stream of tokens. It is rolled by a random offset and cut into segments of
-    min(:data:`~thanos.calibration.continued.SEGMENT`, T) tokens; the last segment may be shorter. The segments in random order
-    are the new stream. BOS is not part of the stream: each sequence begins with BOS, as before.
+    min(``segment``, T) tokens; the last segment may be shorter. The segments in random order are the new stream. BOS is not
+    part of the stream: each sequence begins with BOS, as before.
 
     Args:
         ids: token ids, (n, T) int64, on the CPU.
         bos: ids of the tokens with which each sequence begins; empty without any.
         generator: gives the random numbers.
+        segment: tokens of a segment.
 
     Returns:
         The same tokens in another order, (n, T).
     """
     text = _without_bos(ids, bos)
     stream = text.flatten().roll(int(torch.randint(text.numel(), (), generator=generator)))
-    segments = stream.split(min(SEGMENT, text.shape[1]))
+    segments = stream.split(min(segment, text.shape[1]))
     order = torch.randperm(len(segments), generator=generator).tolist()
     return begin_windows(torch.cat([segments[number] for number in order]).view(text.shape), bos)
 
