@@ -37,7 +37,7 @@ HEADINGS = {
     },
     "recover": {
         "Recovery": {
-            *("--epochs", "--rate", "--train", "--vary", "--generate", "--segment", "--batch", "--micro-batch"),
+            *("--epochs", "--rate", "--train", "--vary", "--generate", "--segment", "--prompt", "--batch", "--micro-batch"),
             *("--held-out", "--shard", "--compile", "--dense"),
         },
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import thanos
 from recovering import VARIED, prune, read, settings
 from thanos.calibration import continued
-from thanos.calibration.continued import PROMPT, generate_sequences
+from thanos.calibration.continued import generate_sequences
 from thanos.calibration.generation import Part
 from thanos.cli.interrupts import EndedEarly, resumable
 from thanos.engine.distributed import World
 from thanos.errors import RecipeError, UserError
-from thanos.recipe.repair import SEGMENT
+from thanos.recipe.repair import PROMPT, SEGMENT
 from thanos.recovery.generated import kept_sequences
 from thanos.recovery.states import RecoveryFolder
 
@@ -70,6 +70,25 @@ def test_long_sequences_are_made_of_pieces(segment: int, tiny_llama: Path) -> No
     )
     assert torch.equal(again, made)
     assert not torch.equal(other, made)
+
+
+@pytest.mark.parametrize(("prompt", "taken"), [(0, 0), (1, 1), (5, 5), (40, 20)])
+@pytest.mark.parametrize("bos", [(), (1,)])
+def test_a_piece_begins_with_so_many_tokens_of_the_text(
+    prompt: int, taken: int, bos: tuple[int, ...], tiny_llama: Path
+) -> None:
+    """At most half a piece. Without any, it begins with BOS, or with the end-of-text token, which the text does not contain."""
+    model, end = AutoModelForCausalLM.from_pretrained(tiny_llama), 299
+    text = torch.full((2, len(bos) + 80), 7)
+    text[:, : len(bos)] = 1
+    made = generate_sequences(model, text, bos, 3, 0, end, lambda event: None, segment=40, prompt=prompt)
+    assert made.shape == (3, text.shape[1])
+    assert (made[:, : len(bos)] == 1).all()
+    pieces = made[:, len(bos) :].reshape(6, 40)
+    assert (pieces[:, :taken] == 7).all()
+    assert not (pieces[:, taken] == 7).all()
+    if not prompt:
+        assert bool((pieces[:, 0] == end).all()) == (not bos)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +325,8 @@ def test_the_processes_meet_after_each_part(tiny_llama: Path, tmp_path: Path, mo
     work.steps.mkdir()
 
     def go(world: World, *, resume: bool = False) -> torch.Tensor:
-        return kept_sequences(model, text, (), 8, 7, 0, lambda event: None, work, world, segment=SEGMENT, resume=resume)
+        arguments = (model, text, (), 8, 7, 0, lambda event: None, work, world)
+        return kept_sequences(*arguments, segment=SEGMENT, prompt=PROMPT, resume=resume)
 
     alone = generate_sequences(model, text, (), 8, 7, 0, lambda event: None)
     first = _Two(0)

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
 from helpers import save_tiny, tiny_model, tiny_tokenizer
-from thanos.calibration.continued import PROMPT, generate_sequences
+from thanos.calibration.continued import generate_sequences
 from thanos.calibration.generation import continue_prompts
 from thanos.calibration.kept import read_windows, write_windows
 from thanos.calibration.windows import Calibration, build_calibration
 from thanos.engine.distributed import World
 from thanos.errors import DataError, NumericsError, RecipeError, UserError
+from thanos.recipe.repair import PROMPT
 from thanos.run.work_folder import WorkFolder
 
 SAMPLES, LENGTH, GENERATE = 6, 32, 5

@@ -19,13 +19,10 @@ from thanos.calibration.windows import Calibration, begin_windows
 from thanos.events import Event, Phase
 from thanos.model.loading import check_token_ids
 from thanos.recipe import Recipe
-from thanos.recipe.repair import SEGMENT, held_out_count
+from thanos.recipe.repair import PROMPT, SEGMENT, held_out_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-PROMPT = 32
-"""Number of tokens of a piece of the calibration text. The dense model continues it to a whole piece."""
 
 PIECES = {"cpu": 16, "cuda": 2048}
 """Pieces that are continued together, by type of device; fewer if they are long, or if memory does not suffice."""
@@ -40,10 +37,11 @@ def generate_sequences(
     bos: tuple[int, ...],
     count: int,
     seed: int,
-    pad: int,
+    end: int,
     emit: Callable[[Event], None],
     *,
     segment: int = SEGMENT,
+    prompt: int = PROMPT,
     phase: Phase = "generate",
     done: Sequence[Part] = (),
     keep: Callable[[Part], None] = lambda part: None,
@@ -52,7 +50,8 @@ def generate_sequences(
 
     If the device's memory runs out, the batches of the parts that are left are halved.
 
-    A piece begins with :data:`PROMPT` tokens from a random position of the text, or with half a segment if that is shorter.
+    A piece begins with ``prompt`` tokens from a random position of the text, or with half a segment if that is shorter. Without
+    any, it begins with BOS alone, or with ``end`` if there is no BOS.
 
     Args:
         model: the dense model.
@@ -60,9 +59,10 @@ def generate_sequences(
         bos: ids of the tokens with which each sequence, and each piece that is continued, begins; empty without any.
         count: number of sequences to generate.
         seed: seed of the positions and of the sampled tokens.
-        pad: any token id.
+        end: id of the end-of-text token.
         emit: function that is called with events of progress.
         segment: tokens of a piece; at most those of a sequence.
+        prompt: tokens of the text with which a piece begins.
         phase: phase of these events.
         done: the parts that an interrupted call has made, in order, on the same type of device. The next ones have at most the
             size of the last of them.
@@ -74,12 +74,14 @@ def generate_sequences(
     text = ids[:, len(bos) :]
     width = text.shape[1]
     segment = min(segment, width)
-    prompt = max(0 if bos else 1, min(PROMPT, segment // 2))  # BOS alone is a prompt, too
+    prompt = min(prompt, segment // 2)
     pieces = math.ceil(count * width / segment)
     draw = torch.Generator().manual_seed(seed % SEEDS)
     rows = torch.randint(len(text), (pieces, 1), generator=draw)
     columns = torch.randint(width - prompt + 1, (pieces, 1), generator=draw) + torch.arange(prompt)
     begun = begin_windows(text[rows, columns], bos)
+    if not begun.shape[1]:
+        begun = torch.full((pieces, 1), end)
     length = len(bos) + segment
     parts, made = [*done], None
     kept = sum(len(part.ids) for part in parts)
@@ -96,7 +98,7 @@ def generate_sequences(
     while made is None:
         try:
             before = tuple(parts)
-            made = continue_prompts(model, begun, length, seed, pad, batch, phase, report, done=before, keep=add)
+            made = continue_prompts(model, begun, length, seed, end, batch, phase, report, done=before, keep=add)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
@@ -107,7 +109,7 @@ def generate_sequences(
 
 
 def generate_more(
-    made: Calibration, model: PreTrainedModel, recipe: Recipe, pad: int, emit: Callable[[Event], None]
+    made: Calibration, model: PreTrainedModel, recipe: Recipe, end: int, emit: Callable[[Event], None]
 ) -> Calibration:
     """Return windows of a text, and before them the sequences that a recipe wants generated.
 
@@ -117,7 +119,7 @@ def generate_more(
         made: windows of a text.
         model: the dense model, on the device on which it generates.
         recipe: the recipe; without ``generate`` the windows are returned unchanged.
-        pad: any token id.
+        end: id of the end-of-text token.
         emit: function that is called with events of progress.
 
     Raises:
@@ -129,5 +131,5 @@ def generate_more(
     check_token_ids(made.ids, model)
     held_out = held_out_count(recipe, len(made.ids) + recipe.generate)
     prompts = made.ids[: len(made.ids) - held_out]
-    new = generate_sequences(model, prompts, made.bos_ids, recipe.generate, made.seed, pad, emit, phase="calibration")
+    new = generate_sequences(model, prompts, made.bos_ids, recipe.generate, made.seed, end, emit, phase="calibration")
     return replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate)

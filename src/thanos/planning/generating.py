@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from thanos.calibration.continued import PIECES, PROMPT, generate_sequences
+from thanos.calibration.continued import PIECES, generate_sequences
 from thanos.calibration.generation import GENERATION_BATCH, SEEDS
 from thanos.calibration.making import make_calibration
 from thanos.errors import NumericsError
 from thanos.events import Watcher
 from thanos.model.loading import check_token_ids, load_model
 from thanos.planning.kinds import Job
-from thanos.recipe.repair import SEGMENT
+from thanos.recipe.repair import PROMPT, SEGMENT
 from thanos.run.survey import name_damage
 from thanos.system.memory import free_device_bytes, free_host_bytes
 

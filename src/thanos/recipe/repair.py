@@ -32,6 +32,9 @@ HELD_OUT_FRACTION = 1 / 16
 SEGMENT = 256
 """Default number of tokens of a piece that the dense model generates, and of those into which the recovery cuts its text."""
 
+PROMPT = 32
+"""Default number of tokens of the calibration text with which such a generated piece begins."""
+
 TUNE_RATE = 8e-3
 """Peak learning rate of the tuning, as a fraction of the root mean square of the block's remaining weights. That mean is 0.27
 for SmolLM2-135M at 50 %, where the absolute rate 2e-3 was the best of three (perplexity 31.4 with 3e-4, 30.1 with 1e-3, 29.7

@@ -24,12 +24,13 @@ def kept_sequences(
     bos: tuple[int, ...],
     count: int,
     seed: int,
-    pad: int,
+    end: int,
     emit: Callable[[Event], None],
     work: RecoveryFolder,
     world: World,
     *,
     segment: int,
+    prompt: int,
     resume: bool,
 ) -> Tensor:
     """Return the sequences of :func:`~thanos.calibration.continued.generate_sequences`.
@@ -61,6 +62,8 @@ def kept_sequences(
         work.keep_part(part)
         world.from_first(lambda: None)
 
-    made = generate_sequences(model, ids, bos, count, seed, pad, emit, segment=segment, done=done, keep=keep)
+    made = generate_sequences(
+        model, ids, bos, count, seed, end, emit, segment=segment, prompt=prompt, done=done, keep=keep
+    )
     work.keep_generated(made)
     return world.from_first(lambda: made)

@@ -11,7 +11,7 @@ from typing import Any
 from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 from thanos.recipe.checks import check_settings
-from thanos.recipe.repair import SEGMENT
+from thanos.recipe.repair import PROMPT, SEGMENT
 from thanos.settings import Heading, either, setting
 from thanos.system.suggestions import near
 
@@ -30,7 +30,7 @@ _ONE_HELD_OUT_OF = 16
 """By default one sequence of this many is held out: 8 of 128."""
 
 
-_DESCRIBED = ("epochs", "vary", "batch", "micro_batch", "held_out", "generate", "segment", "shard", "compile")
+_DESCRIBED = ("epochs", "vary", "batch", "micro_batch", "held_out", "generate", "segment", "prompt", "shard", "compile")
 """Fields whose descriptions state every allowed value."""
 
 
@@ -56,6 +56,8 @@ class RecoveryRecipe:
         generate: number of additional sequences that the dense model generates, only for training; see
             :mod:`thanos.calibration.continued`.
         segment: tokens of a segment (``vary``) and of a generated piece (``generate``); at most those of a sequence count.
+        prompt: tokens of the text with which a generated piece begins, at most half a piece. With 0 it begins with BOS, or with
+            end-of-text if the tokenizer adds no BOS.
         batch: number of sequences in a step, over all processes.
         micro_batch: number of sequences that a process runs at once; the gradients of several runs are summed. None: on CUDA
             the process's whole part of the batch, on a CPU one. It changes the result only by rounding errors.
@@ -109,6 +111,13 @@ class RecoveryRecipe:
         Heading.RECOVERY,
         "N",
         lowest=2,
+    )
+    prompt: int = setting(
+        PROMPT,
+        "Tokens of the text with which a generated piece begins; with 0 the dense model chooses the topic",
+        Heading.RECOVERY,
+        "N",
+        lowest=0,
     )
     batch: int = setting(4, "Sequences in a step, over all processes", Heading.RECOVERY, "N", lowest=1)
     micro_batch: int | None = setting(

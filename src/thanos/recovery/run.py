@@ -279,10 +279,10 @@ def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) ->
 
 def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tensor:
     """Return the sequences that the dense model generates, or has generated before an interruption."""
-    recipe, pad = job.recipe, end_of_text_id(dense.source.tokenizer(), dense.source.config())
+    recipe, end = job.recipe, end_of_text_id(dense.source.tokenizer(), dense.source.config())
     text, bos, model = calibration.ids[: recipe.trained], calibration.bos_ids, cast(Any, dense.meta_model)
-    arguments = (model, text, bos, recipe.generate, recipe.seed, pad, job.emit, job.work, job.world)
-    return kept_sequences(*arguments, segment=recipe.segment, resume=job.resume)
+    arguments = (model, text, bos, recipe.generate, recipe.seed, end, job.emit, job.work, job.world)
+    return kept_sequences(*arguments, segment=recipe.segment, prompt=recipe.prompt, resume=job.resume)
 
 
 def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterable[tuple[str, Tensor]]], None] | None:
