@@ -29,7 +29,10 @@ HEADINGS = {
         "Repair": {
             "--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate", "--tune-loss",
         },
-        "Calibration": {"--calibration", "--samples", "--generate", "--sequence-length", "--seed", "--measure-error"},
+        "Calibration": {
+            "--calibration", "--samples", "--generate", "--segment", "--prompt", "--sequence-length", "--seed",
+            "--measure-error",
+        },
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",
         },
@@ -37,10 +40,10 @@ HEADINGS = {
     },
     "recover": {
         "Recovery": {
-            *("--epochs", "--rate", "--train", "--vary", "--generate", "--segment", "--prompt", "--batch", "--micro-batch"),
+            *("--epochs", "--rate", "--train", "--vary", "--generate", "--segment", "--batch", "--micro-batch"),
             *("--held-out", "--shard", "--compile", "--dense"),
         },
-        "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
+        "Calibration": {"--calibration", "--samples", "--prompt", "--sequence-length", "--seed"},
         "Where and how it runs": {"--device", "--trust-remote-code", "--threads", "--resume"},
         "Output": {"--overwrite", "--json", "--quiet", "--help"},
     },

@@ -43,6 +43,8 @@ def test_the_defaults_are_those_that_are_documented():
         "samples": 128,
         "sequence_length": 2048,
         "generate": 0,
+        "segment": 256,
+        "prompt": 32,
         "seed": 0,
         "device": "auto",
         "dtype": "auto",

@@ -25,10 +25,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PIECES = {"cpu": 16, "cuda": 2048}
-"""Pieces that are continued together, by type of device; fewer if they are long, or if memory does not suffice."""
+"""Largest number of pieces that are continued together, by type of device."""
 
 _MOST_TOKENS = {"cpu": 16 * SEGMENT, "cuda": 4096 * SEGMENT}
-"""Tokens of the pieces that are continued together, by type of device. Keys and values of all of them are in memory."""
+"""Largest number of their tokens, by type of device. Keys and values of all tokens are in memory."""
+
+
+def batch_size(device: torch.device, segment: int) -> int:
+    """Return the number of pieces of ``segment`` tokens that are continued together, if memory suffices."""
+    return max(1, min(PIECES[device.type], _MOST_TOKENS[device.type] // segment))
 
 
 def generate_sequences(
@@ -85,8 +90,7 @@ def generate_sequences(
     length = len(bos) + segment
     parts, made = [*done], None
     kept = sum(len(part.ids) for part in parts)
-    kind = model.device.type
-    batch = len(parts[-1].ids) if parts else max(1, min(PIECES[kind], _MOST_TOKENS[kind] // segment))
+    batch = len(parts[-1].ids) if parts else batch_size(model.device, segment)
 
     def add(part: Part) -> None:
         keep(part)
@@ -131,5 +135,6 @@ def generate_more(
     check_token_ids(made.ids, model)
     held_out = held_out_count(recipe, len(made.ids) + recipe.generate)
     prompts = made.ids[: len(made.ids) - held_out]
-    new = generate_sequences(model, prompts, made.bos_ids, recipe.generate, made.seed, end, emit, phase="calibration")
+    arguments = (model, prompts, made.bos_ids, recipe.generate, made.seed, end, emit)
+    new = generate_sequences(*arguments, segment=recipe.segment, prompt=recipe.prompt, phase="calibration")
     return replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate)

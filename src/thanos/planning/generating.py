@@ -9,14 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from thanos.calibration.continued import PIECES, generate_sequences
+from thanos.calibration.continued import batch_size, generate_sequences
 from thanos.calibration.generation import GENERATION_BATCH, SEEDS
 from thanos.calibration.making import make_calibration
 from thanos.errors import NumericsError
 from thanos.events import Watcher
 from thanos.model.loading import check_token_ids, load_model
 from thanos.planning.kinds import Job
-from thanos.recipe.repair import PROMPT, SEGMENT
 from thanos.run.survey import name_damage
 from thanos.system.memory import free_device_bytes, free_host_bytes
 
@@ -73,16 +72,16 @@ def _continued_pieces(job: Job, ids: Tensor, bos: tuple[int, ...]) -> float:
     model = load_model(job.prepared.opened.source, dtype=recipe.dtype, device=job.device)
     loading = time.perf_counter() - began
     width = ids.shape[1] - len(bos)
-    segment = min(SEGMENT, width)
-    prompt = min(PROMPT, segment // 2)
+    segment = min(recipe.segment, width)
+    prompt = min(recipe.prompt, segment // 2)
     pieces = math.ceil(recipe.generate * width / segment)
-    batch, spent, new = min(PIECES[job.device.type], pieces), list[float](), list[int]()
+    batch, spent, new = min(batch_size(job.device, segment), pieces), list[float](), list[int]()
     for positions in _POSITIONS:
         # At least twice the prompt: in a shorter piece the prompt is shorter too.
         length = min(2 * prompt + positions, segment)
-        new.append(length - min(PROMPT, length // 2))
+        new.append(length - min(prompt, length // 2))
         began = time.perf_counter()
-        generate_sequences(model, ids[:, : len(bos) + length], bos, batch, 0, 0, lambda event: None)
+        generate_sequences(model, ids[:, : len(bos) + length], bos, batch, 0, 0, lambda event: None, prompt=prompt)
         spent.append(time.perf_counter() - began)
     apart = new[1] - new[0]
     each = max(0.0, spent[1] - spent[0]) / apart if apart else spent[1] / max(1, new[1])

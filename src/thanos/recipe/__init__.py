@@ -6,7 +6,6 @@ One frozen dataclass serves Python, the TOML file and the command line.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,19 @@ from thanos.recipe.checks import check_settings
 from thanos.recipe.globs import check_globs as check_globs
 from thanos.recipe.globs import matches
 from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, checked, repairs_of, used
-from thanos.recipe.override import Override, hints, suited_to
-from thanos.recipe.repair import REPAIR_FIELDS, TUNE_LOSSES, TUNE_RATE, check_run_repair, unused_values
+from thanos.recipe.override import Override, suited_to
+from thanos.recipe.repair import (
+    PROMPT,
+    REPAIR_FIELDS,
+    SEGMENT,
+    TUNE_LOSSES,
+    TUNE_RATE,
+    check_run_repair,
+    unused_values,
+)
 from thanos.recipe.repair import Repair as Repair
 from thanos.recipe.run_fields import DTYPES, check_run_fields
-from thanos.recipe.stored import ADDED, underscored, without_unused
+from thanos.recipe.stored import ADDED, fields_of
 from thanos.recipe.toml import read_toml, toml_text
 from thanos.recipe.units import HEAD_UNITS, check_units
 from thanos.settings import TEXT_SOURCES, Heading, setting
@@ -38,6 +45,9 @@ class Recipe(LayerRecipe):
         calibration: source of the calibration text: ``c4``, ``wikitext2``, ``pydoc``, ``self`` or a local file.
         samples: number of sequences of this text.
         generate: number of additional sequences that the dense model generates; see :mod:`thanos.calibration.continued`.
+        segment: tokens of a piece that the dense model generates; at most those of a sequence count.
+        prompt: tokens of the text with which such a piece begins, at most half a piece. With 0 it begins with BOS, or with
+            end-of-text if the tokenizer adds no BOS.
         sequence_length: tokens per calibration sequence.
         seed: seed of the draw of calibration sequences.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -76,6 +86,14 @@ class Recipe(LayerRecipe):
     sequence_length: int = setting(2048, "Tokens per calibration sequence", Heading.CALIBRATION, "TOKENS", lowest=2)
     generate: int = setting(
         0, "Additional sequences: pieces of the text, continued by the dense model", Heading.CALIBRATION, "N", lowest=0
+    )
+    segment: int = setting(SEGMENT, "Tokens of a generated piece", Heading.CALIBRATION, "TOKENS", lowest=2)
+    prompt: int = setting(
+        PROMPT,
+        "Tokens of the text with which a generated piece begins; with 0 the dense model chooses the topic",
+        Heading.CALIBRATION,
+        "TOKENS",
+        lowest=0,
     )
     seed: int = setting(0, "Seed of the random choice of calibration sequences", Heading.CALIBRATION, "N", lowest=0)
     device: str = setting(
@@ -259,27 +277,8 @@ class Recipe(LayerRecipe):
             stored: whether the values come from a report or a store. Then settings that no method uses are dropped instead of
                 refused, since earlier versions accepted them.
         """
-        values = underscored(values)
         known = {f.name for f in dataclasses.fields(cls)} - {"overrides"} | {"override"}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise RecipeError(
-                f"unknown settings: {', '.join(unknown)}; allowed are {', '.join(sorted(known))}{hints(unknown, known)}"
-            )
-        overrides = values.pop("override", [])
-        if not isinstance(overrides, list | tuple) or not all(isinstance(o, Mapping) for o in overrides):
-            raise RecipeError("override must be a list of tables ([[override]])")
-        built = []
-        for table in overrides:
-            settings = underscored(table)
-            match, skip = settings.pop("match", ""), settings.pop("skip", False)
-            built.append(Override(match=match, skip=skip, settings=settings))
-        for name in ("targets", "skip"):
-            if not isinstance(values.get(name, []), list | tuple):
-                raise RecipeError(f"{name} must be a list of globs, for example [{json.dumps(str(values[name]))}]")
-        if stored:
-            values, built = without_unused(values, built)
-        return cls(**values, overrides=tuple(built))
+        return cls(**fields_of(values, known, stored=stored))
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:

@@ -18,7 +18,7 @@ _MOST_TOKENS = 2**60
 """Number of token ids, of 8 bytes each, that no machine holds. Larger numbers overflow in torch."""
 
 _DESCRIBED = (
-    *("samples", "sequence_length", "generate", "seed", "allocation", "multiple_of", "head_unit"),
+    *("samples", "sequence_length", "generate", "segment", "prompt", "seed", "allocation", "multiple_of", "head_unit"),
     *("held_out", "tune_rate", "tune_loss", "trust_remote_code"),
 )
 """Fields whose descriptions state every allowed value."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.recipe.layer import repairs_of
-from thanos.recipe.override import Override
+from thanos.recipe.override import Override, hints
 from thanos.recipe.repair import REPAIR_FIELDS, unused_values
 
 ADDED = (
     *("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate", "tune_loss"),
-    *("output_dtype", "generate"),
+    *("output_dtype", "generate", "segment", "prompt"),
 )
 """Settings that came after the first version. They are written only where they differ from their defaults."""
 
@@ -54,3 +55,36 @@ def without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[d
     return kept(values, used | damping), [
         dataclasses.replace(o, settings=kept(o.settings, allowed_in(o))) for o in overrides
     ]
+
+
+def fields_of(values: Mapping[str, Any], known: set[str], *, stored: bool) -> dict[str, Any]:
+    """Return the fields of a recipe from plain values; the overrides are built.
+
+    Args:
+        values: name → value, the names with hyphens or underscores.
+        known: the allowed names.
+        stored: whether to drop settings that nothing in the recipe uses.
+
+    Raises:
+        RecipeError: a name is unknown, or a value cannot be an override or a list of globs.
+    """
+    values = underscored(values)
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise RecipeError(
+            f"unknown settings: {', '.join(unknown)}; allowed are {', '.join(sorted(known))}{hints(unknown, known)}"
+        )
+    overrides = values.pop("override", [])
+    if not isinstance(overrides, list | tuple) or not all(isinstance(o, Mapping) for o in overrides):
+        raise RecipeError("override must be a list of tables ([[override]])")
+    built = []
+    for table in overrides:
+        settings = underscored(table)
+        match, skip = settings.pop("match", ""), settings.pop("skip", False)
+        built.append(Override(match=match, skip=skip, settings=settings))
+    for name in ("targets", "skip"):
+        if not isinstance(values.get(name, []), list | tuple):
+            raise RecipeError(f"{name} must be a list of globs, for example [{json.dumps(str(values[name]))}]")
+    if stored:
+        values, built = without_unused(values, built)
+    return values | {"overrides": tuple(built)}

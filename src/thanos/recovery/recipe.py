@@ -11,7 +11,7 @@ from typing import Any
 from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 from thanos.recipe.checks import check_settings
-from thanos.recipe.repair import PROMPT, SEGMENT
+from thanos.recipe.repair import SEGMENT
 from thanos.settings import Heading, either, setting
 from thanos.system.suggestions import near
 
@@ -107,18 +107,12 @@ class RecoveryRecipe:
     )
     segment: int = setting(
         SEGMENT,
-        "Tokens of the segments into which the text is cut, and of the pieces that the dense model generates",
+        "Tokens of the segments into which the text is cut, and of a generated piece",
         Heading.RECOVERY,
-        "N",
+        "TOKENS",
         lowest=2,
     )
-    prompt: int = setting(
-        PROMPT,
-        "Tokens of the text with which a generated piece begins; with 0 the dense model chooses the topic",
-        Heading.RECOVERY,
-        "N",
-        lowest=0,
-    )
+    prompt: int = _as_prune("prompt")
     batch: int = setting(4, "Sequences in a step, over all processes", Heading.RECOVERY, "N", lowest=1)
     micro_batch: int | None = setting(
         None,
