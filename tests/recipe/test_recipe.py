@@ -167,6 +167,13 @@ BAD_RUN_VALUES: list[tuple[dict[str, Any], str]] = [
         {"samples": 10**20},
         r"100000000000000000000 \(samples\) calibration sequences of 2048 tokens .* fewer or shorter",
     ),
+    *[({"segment": v, "generate": 8}, r"segment must be a whole number, at least 2; got") for v in (1, 2.0, "8", True)],
+    *[({"prompt": v, "generate": 8}, r"prompt must be a whole number, at least 0; got") for v in (-1, 2.0, None)],
+    (
+        {"segment": 100},
+        r"segment 100 has no meaning without generated sequences; leave segment out, or set generate above 0",
+    ),
+    ({"prompt": 0}, r"prompt 0 has no meaning without generated sequences"),
     ({"generate": 10**20}, r"128 \(samples\) \+ 100000000000000000000 \(generate\) calibration sequences"),
     ({"sequence_length": 10**20}, "more than any machine can hold"),
     *[({"dtype": v}, r"dtype .* is unknown; choose one of auto, float32, bfloat16, float16") for v in ("fp16", "", 16)],

@@ -202,6 +202,29 @@ def test_refusals(value: object, why: str, text_file: Path) -> None:
         settings(text_file, generate=value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"segment": 1}, "segment must be a whole number, at least 2; got 1"),
+        ({"prompt": -1, "generate": 4}, "prompt must be a whole number, at least 0; got -1"),
+        ({"prompt": 4}, "prompt 4 has no meaning here; leave prompt out, or set generate above 0"),
+        (
+            {"segment": 100, "vary": False},
+            "segment 100 has no meaning here; leave segment out, or set vary, or generate",
+        ),
+    ],
+)
+def test_refused_pieces(changes: dict[str, Any], why: str, text_file: Path) -> None:
+    with pytest.raises(RecipeError, match=why):
+        settings(text_file, **{"vary": True, **changes})
+
+
+def test_pieces_that_are_used(text_file: Path) -> None:
+    for changes in ({"segment": 100, "vary": True}, {"segment": 100, "prompt": 0, "vary": False, "generate": 4}):
+        recipe = settings(text_file, **changes)
+        assert thanos.RecoveryRecipe.from_dict(recipe.to_dict()) == recipe
+
+
 def test_parts_are_not_generated_again(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From each part on, the rest has the bits of a call without an interruption, whatever was drawn in between."""
     monkeypatch.setitem(continued.PIECES, "cpu", 3)

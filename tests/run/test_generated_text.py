@@ -252,12 +252,13 @@ def test_text_of_the_model_alone_is_not_continued() -> None:
         recipe(Path("self"))
 
 
-@pytest.mark.parametrize("effort", ["fast", "max"])
+@pytest.mark.parametrize(("effort", "pieces"), [("fast", {}), ("max", {"segment": 9, "prompt": 0})])
 def test_the_plan_counts_the_generated_sequences(
-    effort: str, tiny_llama: Path, text_file: Path, tmp_path: Path
+    effort: str, pieces: dict[str, int], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     few, more = (
-        thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, effort=effort, generate=count)) for count in (0, 30)
+        thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, effort=effort, **changes))
+        for changes in ({"generate": 0}, {"generate": 30, **pieces})
     )
     assert more.activations_bytes * SAMPLES == few.activations_bytes * (SAMPLES + 30)
     assert more.phases["calibration"].seconds > 0

@@ -35,6 +35,9 @@ SEGMENT = 256
 PROMPT = 32
 """Default number of tokens of the calibration text with which such a generated piece begins."""
 
+PIECE_SETTINGS = {"segment": SEGMENT, "prompt": PROMPT}
+"""The settings of a recipe that describe such pieces, and their defaults."""
+
 TUNE_RATE = 8e-3
 """Peak learning rate of the tuning, as a fraction of the root mean square of the block's remaining weights. That mean is 0.27
 for SmolLM2-135M at 50 %, where the absolute rate 2e-3 was the best of three (perplexity 31.4 with 3e-4, 30.1 with 1e-3, 29.7

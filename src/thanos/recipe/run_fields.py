@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from thanos.errors import RecipeError
 from thanos.recipe.checks import check_settings
+from thanos.recipe.repair import PIECE_SETTINGS
 from thanos.system.suggestions import near_dtype
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ def check_run_fields(recipe: Recipe) -> None:
             f"calibration 'self' has no text of which the model could continue pieces (generate is {recipe.generate}); raise "
             "samples instead"
         )
+    for name, default in PIECE_SETTINGS.items():
+        if (value := getattr(recipe, name)) != default and not recipe.generate:
+            raise RecipeError(
+                f"{name} {value} has no meaning without generated sequences; leave {name} out, or set generate above 0"
+            )
     if (recipe.samples + recipe.generate) * recipe.sequence_length > _MOST_TOKENS:
         generated = f" + {recipe.generate} (generate)" if recipe.generate else ""
         raise RecipeError(

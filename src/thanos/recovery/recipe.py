@@ -11,7 +11,7 @@ from typing import Any
 from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 from thanos.recipe.checks import check_settings
-from thanos.recipe.repair import SEGMENT
+from thanos.recipe.repair import PIECE_SETTINGS, SEGMENT
 from thanos.settings import Heading, either, setting
 from thanos.system.suggestions import near
 
@@ -155,6 +155,12 @@ class RecoveryRecipe:
             raise RecipeError(
                 f"generate {self.generate} is not a multiple of batch {self.batch}; give a multiple of {self.batch}"
             )
+        for name, used in (("segment", self.vary or self.generate), ("prompt", self.generate)):
+            if not used and getattr(self, name) != PIECE_SETTINGS[name]:
+                wanted = "vary, or generate above 0" if name == "segment" else "generate above 0"
+                raise RecipeError(
+                    f"{name} {getattr(self, name)} has no meaning here; leave {name} out, or set {wanted}"
+                )
         object.__setattr__(self, "rate", _rate(self.rate))
         if self.train not in PARTS:
             raise RecipeError(f"train must be {either(PARTS)}; got {self.train!r}{near(self.train, PARTS)}")
