@@ -197,7 +197,8 @@ def test_every_setting_of_a_recipe_but_two_is_an_option_of_prune() -> None:
 def test_a_recipe_keeps_to_the_bounds_that_the_help_states(name: str, described: Any) -> None:
     def recipe(value: float) -> Recipe:
         pattern = {"block_size": "2:4", "multiple_of": "neurons"}.get(name, "unstructured")
-        uses = {"held_out": {"tune": 1}, "tune_rate": {"tune": 1}}.get(name, {})
+        generated = {"segment": {"generate": 1}, "prompt": {"generate": 1}}
+        uses = {"held_out": {"tune": 1}, "tune_rate": {"tune": 1}, **generated}.get(name, {})
         return Recipe(pattern=pattern, **{name: value}, **uses)  # type: ignore[arg-type]
 
     kind, _ = value_types(Recipe)[name]
