@@ -16,7 +16,7 @@ from thanos.errors import NumericsError
 from thanos.events import Watcher
 from thanos.model.loading import check_token_ids, load_model
 from thanos.planning.kinds import Job
-from thanos.recipe.repair import PIECE_SETTINGS
+from thanos.recipe.repair import WITHOUT_GENERATED
 from thanos.run.survey import name_damage
 from thanos.system.memory import free_device_bytes, free_host_bytes
 
@@ -41,7 +41,7 @@ def generated_text(job: Job, watch: Watcher) -> tuple[Tensor, float]:
     if not recipe.generate:
         return ids, _own_text(job, watch) if fits else 0.0
     began = time.perf_counter()
-    text = make_calibration(opened.source, replace(recipe, generate=0, **PIECE_SETTINGS), device, watch)
+    text = make_calibration(opened.source, replace(recipe, **WITHOUT_GENERATED), device, watch)
     check_token_ids(text.ids, opened.meta_model)
     seconds = time.perf_counter() - began
     if fits:

@@ -29,7 +29,7 @@ from thanos.model.layers import LinearLayer
 from thanos.planning.kinds import Amount, Job, Kind, Sample
 from thanos.planning.scratch import Scratch, TrialMeter, copy_seconds
 from thanos.recipe import LayerRecipe
-from thanos.recipe.repair import PIECE_SETTINGS
+from thanos.recipe.repair import WITHOUT_GENERATED
 from thanos.run.allocation import measured_layers, sequences_of
 from thanos.run.engine_setup import build_engine
 from thanos.system.memory import free_device_bytes, release_free_heap
@@ -209,7 +209,7 @@ def _measure(
     }
     engine = build_engine(
         replace(job.prepared, layers=tried),
-        replace(job.recipe, generate=0, **PIECE_SETTINGS, **({"held_out": amount.held_out} if amount.held_out else {})),
+        replace(job.recipe, **WITHOUT_GENERATED, **({"held_out": amount.held_out} if amount.held_out else {})),
         job.ids[: amount.sequences],
         job.device,
         job.folder,

@@ -45,7 +45,7 @@ class Recipe(LayerRecipe):
         calibration: source of the calibration text: ``c4``, ``wikitext2``, ``pydoc``, ``self`` or a local file.
         samples: number of sequences of this text.
         generate: number of additional sequences that the dense model generates; see :mod:`thanos.calibration.continued`.
-        segment: tokens of a piece that the dense model generates; at most those of a sequence count.
+        segment: tokens of a piece that the dense model generates, or those of a sequence if they are fewer.
         prompt: tokens of the text with which such a piece begins, at most half a piece. With 0 it begins with BOS, or with
             end-of-text if the tokenizer adds no BOS.
         sequence_length: tokens per calibration sequence.

@@ -35,8 +35,8 @@ SEGMENT = 256
 PROMPT = 32
 """Default number of tokens of the calibration text with which such a generated piece begins."""
 
-PIECE_SETTINGS = {"segment": SEGMENT, "prompt": PROMPT}
-"""The settings of a recipe that describe such pieces, and their defaults."""
+WITHOUT_GENERATED = {"generate": 0, "segment": SEGMENT, "prompt": PROMPT}
+"""The settings of a recipe that describe generated sequences, with their values where there are none."""
 
 TUNE_RATE = 8e-3
 """Peak learning rate of the tuning, as a fraction of the root mean square of the block's remaining weights. That mean is 0.27

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from thanos.errors import RecipeError
 from thanos.recipe.checks import check_settings
-from thanos.recipe.repair import PIECE_SETTINGS
+from thanos.recipe.repair import WITHOUT_GENERATED
 from thanos.system.suggestions import near_dtype
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def check_run_fields(recipe: Recipe) -> None:
             f"calibration 'self' has no text of which the model could continue pieces (generate is {recipe.generate}); raise "
             "samples instead"
         )
-    for name, default in PIECE_SETTINGS.items():
+    for name, default in WITHOUT_GENERATED.items():
         if (value := getattr(recipe, name)) != default and not recipe.generate:
             raise RecipeError(
                 f"{name} {value} has no meaning without generated sequences; leave {name} out, or set generate above 0"

@@ -11,7 +11,7 @@ from typing import Any
 from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 from thanos.recipe.checks import check_settings
-from thanos.recipe.repair import PIECE_SETTINGS, SEGMENT
+from thanos.recipe.repair import SEGMENT, WITHOUT_GENERATED
 from thanos.settings import Heading, either, setting
 from thanos.system.suggestions import near
 
@@ -55,7 +55,7 @@ class RecoveryRecipe:
             :mod:`thanos.recovery.sequences`. The dense model then runs in each pass.
         generate: number of additional sequences that the dense model generates, only for training; see
             :mod:`thanos.calibration.continued`.
-        segment: tokens of a segment (``vary``) and of a generated piece (``generate``); at most those of a sequence count.
+        segment: tokens of a segment (``vary``) and of a generated piece, or those of a sequence if they are fewer.
         prompt: tokens of the text with which a generated piece begins, at most half a piece. With 0 it begins with BOS, or with
             end-of-text if the tokenizer adds no BOS.
         batch: number of sequences in a step, over all processes.
@@ -156,7 +156,7 @@ class RecoveryRecipe:
                 f"generate {self.generate} is not a multiple of batch {self.batch}; give a multiple of {self.batch}"
             )
         for name, used in (("segment", self.vary or self.generate), ("prompt", self.generate)):
-            if not used and getattr(self, name) != PIECE_SETTINGS[name]:
+            if not used and getattr(self, name) != WITHOUT_GENERATED[name]:
                 wanted = "vary, or generate above 0" if name == "segment" else "generate above 0"
                 raise RecipeError(
                     f"{name} {getattr(self, name)} has no meaning here; leave {name} out, or set {wanted}"
