@@ -17,9 +17,12 @@ from recovering import VARIED, prune, read, settings
 from thanos.calibration import continued
 from thanos.calibration.continued import generate_sequences
 from thanos.calibration.generation import Part
+from thanos.calibration.making import make_calibration
 from thanos.cli.interrupts import EndedEarly, resumable
 from thanos.engine.distributed import World
 from thanos.errors import RecipeError, UserError
+from thanos.model.loading import end_of_text_id
+from thanos.model.source import resolve_model
 from thanos.recipe.repair import PROMPT, SEGMENT
 from thanos.recovery.generated import kept_sequences
 from thanos.recovery.states import RecoveryFolder
@@ -153,12 +156,49 @@ def test_an_interrupted_recovery_goes_on_with_the_same_sequences(
     )
     assert "generate" not in phases
     whole = thanos.recover(pruned, tmp_path / "whole", dense=tiny_llama, recipe=recipe)
-    assert report.sequences == {"trained": 16, "held_out": 2}
+    assert report.sequences == {"trained": 16, "held_out": 3}
     assert report.steps == whole.steps == 3 * 4
     assert report.history == whole.history
     first, second = read(tmp_path / "out2"), read(tmp_path / "whole")
     assert all(torch.equal(first[name], second[name]) for name in second)
     assert not list((tmp_path / "out2").glob("generated*"))
+
+
+def test_of_the_generated_sequences_too_some_are_held_out(
+    pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The divergence before the training is that of the last two of the text and the last two generated sequences."""
+    from thanos.recovery import trainer
+
+    trained: list[Any] = []
+
+    class Recorded(trainer.Sequences):
+        def __init__(self, ids: Any, *args: Any) -> None:
+            trained.append(ids)
+            super().__init__(ids, *args)
+
+    monkeypatch.setattr(trainer, "Sequences", Recorded)
+    recipe = settings(text_file, generate=20, epochs=1)
+    report = thanos.recover(pruned, tmp_path / "out2", dense=tiny_llama, recipe=recipe)
+    assert report.sequences == {"trained": 28, "held_out": 4}
+
+    source = resolve_model(tiny_llama)
+    calibration = make_calibration(source, recipe.text, torch.device("cpu"), lambda event: None)
+    dense, child = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_llama, pruned))
+    end = end_of_text_id(source.tokenizer(), source.config())
+    made = generate_sequences(dense, calibration.ids[:8], calibration.bos_ids, 22, 0, end, lambda event: None)
+    assert torch.equal(trained[0], torch.cat([calibration.ids[:8], made[:20]]))
+    ids = torch.cat([calibration.ids[8:], made[20:]])
+    with torch.no_grad():
+        p, q = (model(input_ids=ids).logits.double().log_softmax(-1) for model in (dense, child))
+    assert report.held_out_before == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("generate", "held_out"), [(0, 0), (4, 1), (16, 1), (20, 2), (512, 32)])
+def test_one_more_in_sixteen_is_generated_to_be_held_out(generate: int, held_out: int, text_file: Path) -> None:
+    recipe = settings(text_file, generate=generate)
+    assert recipe.generated_held_out == held_out
+    assert recipe.rows == 8 + generate
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -271,13 +311,13 @@ def test_memory_that_runs_out_costs_no_finished_part(tiny_llama: Path, monkeypat
 def test_an_interrupted_generation_goes_on_with_the_next_part(
     count: int, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 pieces in parts of 3. After the third part the sequences are not yet stored as a whole."""
-    monkeypatch.setitem(continued.PIECES, "cpu", 3)
+    """9 pieces, of which one is held out, in parts of 4. After the third part the sequences are not yet stored as a whole."""
+    monkeypatch.setitem(continued.PIECES, "cpu", 4)
     pruned, out = prune(tiny_llama, tmp_path / "out", text_file), tmp_path / "out2"
     recipe = settings(text_file, generate=8, epochs=1)
 
     def stop(event: thanos.Event) -> None:
-        if event.phase == "generate" and event.kind == "progress" and event.done == min(8, 3 * count):
+        if event.phase == "generate" and event.kind == "progress" and event.done == min(9, 4 * count):
             raise KeyboardInterrupt
 
     with pytest.raises(EndedEarly) as ended, resumable(RecoveryFolder(out)):
@@ -288,9 +328,9 @@ def test_an_interrupted_generation_goes_on_with_the_next_part(
     events: list[thanos.Event] = []
     report = thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, resume=True, on_event=events.append)
     made = [event.done for event in events if event.phase == "generate" and event.kind == "progress"]
-    assert made == [6, 8][count - 1 :]
-    [begun] = [event.done for event in events if event.phase == "generate" and event.kind == "phase"] or [8]
-    assert begun == min(8, 3 * count), "the time left is reckoned from what this run generates"
+    assert made == [8, 9][count - 1 :]
+    [begun] = [event.done for event in events if event.phase == "generate" and event.kind == "phase"] or [9]
+    assert begun == min(9, 4 * count), "the time left is reckoned from what this run generates"
     assert not any(event.message.startswith("there is nothing to resume") for event in events)
     whole = thanos.recover(pruned, tmp_path / "whole", dense=tiny_llama, recipe=recipe)
     assert report.history == whole.history
@@ -303,7 +343,7 @@ def test_parts_of_another_device_are_discarded(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CUDA device has a random generator of its own, from which a CPU cannot go on."""
-    monkeypatch.setitem(continued.PIECES, "cpu", 3)
+    monkeypatch.setitem(continued.PIECES, "cpu", 4)
     pruned, out = prune(tiny_llama, tmp_path / "out", text_file), tmp_path / "out2"
     recipe = settings(text_file, generate=8, epochs=1)
 
@@ -322,7 +362,7 @@ def test_parts_of_another_device_are_discarded(
             made.append(event.done)
 
     thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, resume=True, on_event=look)
-    assert made == [3, 6, 8]
+    assert made == [4, 8, 9]
 
 
 class _Two(World):

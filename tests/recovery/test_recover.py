@@ -21,7 +21,7 @@ from thanos.calibration.making import make_calibration
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.model.source import resolve_model
 from thanos.recovery.distance import Distillation
-from thanos.recovery.recipe import one_cycle
+from thanos.recovery.rate import one_cycle
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
 

@@ -11,7 +11,7 @@ import torch
 import thanos
 from helpers import save_tiny
 from recovering import prune, read, settings
-from thanos.recovery.recipe import rate_for
+from thanos.recovery.rate import rate_for
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
 

@@ -91,7 +91,10 @@ def make_report(result: Trained, device: torch.device, meter: PhaseMeter, zeros:
         dense=public_name(result.pair.dense.source.name),
         recipe=recipe.to_dict() | {"calibration": public_name(recipe.calibration)},
         calibration=result.calibration.to_dict() | {"source": public_name(result.calibration.source)},
-        sequences={"trained": recipe.rows, "held_out": recipe.samples - recipe.trained},
+        sequences={
+            "trained": recipe.rows,
+            "held_out": recipe.samples - recipe.trained + recipe.generated_held_out,
+        },
         steps=recipe.steps,
         rate=recipe.largest_rate(guard.history, result.pair.size),
         train=recipe.parts(sparse=result.pair.sparse),

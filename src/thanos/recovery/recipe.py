@@ -12,11 +12,12 @@ from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 from thanos.recipe.checks import check_settings
 from thanos.recipe.repair import SEGMENT, WITHOUT_GENERATED
+from thanos.recovery.rate import rate_for
 from thanos.settings import Heading, either, setting
 from thanos.system.suggestions import near
 
 AUTO = "auto"
-"""Value of ``rate`` (:func:`rate_for` chooses it) and of ``train`` (:meth:`RecoveryRecipe.parts` does)."""
+"""Value of ``rate``, which :func:`~thanos.recovery.rate.rate_for` chooses, and of ``train`` (:meth:`RecoveryRecipe.parts`)."""
 
 PARTS = {
     AUTO: "linear; blocks if OUT only has smaller sizes and no zeros",
@@ -28,7 +29,6 @@ PARTS = {
 
 _ONE_HELD_OUT_OF = 16
 """By default one sequence of this many is held out: 8 of 128."""
-
 
 _DESCRIBED = ("epochs", "vary", "batch", "micro_batch", "held_out", "generate", "segment", "prompt", "shard", "compile")
 """Fields whose descriptions state every allowed value."""
@@ -47,22 +47,22 @@ class RecoveryRecipe:
     Args:
         epochs: number of passes over the sequences that are trained on.
         rate: largest learning rate of the one-cycle schedule; ``auto``: chosen by the loss before the training, see
-            :func:`rate_for`.
+            :func:`~thanos.recovery.rate.rate_for`.
         train: the parameters that are trained: ``all``, ``blocks`` (those of the decoder blocks, so neither the embeddings,
             tied ones included, nor the head), ``linear`` (the weights of the blocks' linear layers), or ``auto``: see
             :meth:`parts`.
         vary: cut the text into segments, join them in a new order, and replace a few tokens, in every epoch; see
             :mod:`thanos.recovery.sequences`. The dense model then runs in each pass.
-        generate: number of additional sequences that the dense model generates, only for training; see
-            :mod:`thanos.calibration.continued`.
+        generate: number of additional sequences that the dense model generates for training; see
+            :mod:`thanos.calibration.continued`. It generates one more in 16, which is held out.
         segment: tokens of a segment (``vary``) and of a generated piece, or those of a sequence if they are fewer.
         prompt: tokens of the text with which a generated piece begins, at most half a piece. With 0 it begins with BOS, or with
             end-of-text if the tokenizer adds no BOS.
         batch: number of sequences in a step, over all processes.
         micro_batch: number of sequences that a process runs at once; the gradients of several runs are summed. None: on CUDA
             the process's whole part of the batch, on a CPU one. It changes the result only by rounding errors.
-        held_out: least number of sequences that are not trained on. The state with the smallest loss on them is kept. None:
-            one in 16, at least one.
+        held_out: least number of sequences of the text that are not trained on. The state with the smallest loss on all
+            held-out sequences is kept. None: one in 16, at least one.
         shard: with several processes, each holds a part of the pruned model, its gradients and the optimizer's state (FSDP),
             instead of a copy. Each process holds the dense model whole in any case.
         compile: run the blocks of both models through ``torch.compile``. None: where it saves time, see
@@ -124,7 +124,7 @@ class RecoveryRecipe:
     )
     held_out: int | None = setting(
         None,
-        "Sequences that are not trained on, to select the best state",
+        "Sequences of the text that are not trained on, to select the best state",
         Heading.RECOVERY,
         "N",
         lowest=1,
@@ -170,11 +170,10 @@ class RecoveryRecipe:
             )
         _ = self.text  # raises if a setting of the text is wrong
         if self.trained < self.batch:
-            least = self.held_out or max(1, self.samples // _ONE_HELD_OUT_OF)
             few = "1 sequence is" if self.samples == 1 else f"{self.samples} sequences are"
             raise RecipeError(
-                f"{few} too few: {least} to hold out and a batch of {self.batch} need {least + self.batch}; raise --samples, "
-                "or lower --batch or --held-out"
+                f"{few} too few: {self._least} to hold out and a batch of {self.batch} need {self._least + self.batch}; "
+                "raise --samples, or lower --batch or --held-out"
             )
 
     @property
@@ -192,12 +191,20 @@ class RecoveryRecipe:
     @property
     def trained(self) -> int:
         """Number of sequences of the text that are trained on: the first ones, in whole batches. All others are held out."""
-        least = self.held_out or max(1, self.samples // _ONE_HELD_OUT_OF)
-        return max(0, self.samples - least) // self.batch * self.batch
+        return max(0, self.samples - self._least) // self.batch * self.batch
+
+    @property
+    def _least(self) -> int:
+        return self.held_out or max(1, self.samples // _ONE_HELD_OUT_OF)
+
+    @property
+    def generated_held_out(self) -> int:
+        """Number of sequences that the dense model generates in addition to ``generate``, to hold them out."""
+        return math.ceil(self.generate / _ONE_HELD_OUT_OF)
 
     @property
     def rows(self) -> int:
-        """Number of sequences of an epoch: those of the text, and those that the dense model generates."""
+        """Number of sequences of an epoch: those of the text and ``generate``."""
         return self.trained + self.generate
 
     @property
@@ -262,39 +269,3 @@ def _rate(value: Any) -> float | str:
     if not 0 < number < 1:
         raise RecipeError(f"rate must be {AUTO} or a number above 0 and below 1, such as 2e-4; got {value!r}")
     return number
-
-
-def rate_for(divergence: float, size: float) -> float:
-    """Return the largest learning rate for a pruned model, with two digits.
-
-    It is ``size`` · 3.2e-3 · ``divergence``^0.8, but at least 1e-4 and at most 4e-3 of ``size``. AdamW changes a weight by
-    about the rate in each step, whatever its size; so the rate is relative to the weights. With a larger loss they have to
-    change more. The constants are fitted to the best rates tried: 2e-4 to 3e-4 at 50 %, 4e-4 at 2:4 and 6e-4 at 70 % on
-    SmolLM2-135M (size 0.27; divergence 0.22, 0.40 and 0.66), and 1e-5 at 16:32 on Qwen2.5-Coder-0.5B (size 0.025; divergence
-    0.08), where the loss rises with 1e-4.
-
-    Args:
-        divergence: KL(dense ‖ pruned) on held-out sequences before the training, in nats per token. Rounding can make it
-            slightly negative, which counts as zero.
-        size: root mean square of the non-zero weights of the pruned model's blocks.
-    """
-    return float(f"{size * min(4e-3, max(1e-4, 3.2e-3 * max(0.0, divergence) ** 0.8)):.1e}")
-
-
-def one_cycle(step: int, steps: int) -> float:
-    """Return the learning rate of a step as a fraction of the largest rate.
-
-    It rises from 1/25 to 1 over the first 30 % of the steps, and falls to 1/250,000 over the rest, both as a cosine (L. Smith,
-    arXiv 1708.07120; shape and constants of torch's ``OneCycleLR``). It depends only on the step, so a resumed run needs no
-    state.
-
-    Args:
-        step: number of finished steps.
-        steps: number of all steps.
-    """
-    top = 0.3 * steps - 1
-    if step <= top:
-        low, high, part = 1 / 25, 1.0, step / top if top > 0 else 1.0
-    else:
-        low, high, part = 1.0, 1 / 250_000, min(1.0, (step - top) / max(1e-9, steps - 1 - top))
-    return high + (low - high) * (1 + math.cos(math.pi * part)) / 2

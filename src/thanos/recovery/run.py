@@ -254,7 +254,8 @@ def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) ->
     if recipe.generate:
         with job.meter.phase("generate"), named_damage(pair):
             generated = _generated(pair.dense, calibration, job)
-        ids, first = torch.cat([ids[:first], generated, ids[first:]]), first + recipe.generate
+        trained, held_out = generated.split([recipe.generate, recipe.generated_held_out])
+        ids, first = torch.cat([ids[:first], trained, ids[first:], held_out]), recipe.rows
     guard = Guard(ids, first, dtypes, size, job.device, job.world, _writer(pair, job), history)
     if job.leads:
         work.tidy_states(guard.best["step"] if history else 0)
@@ -281,7 +282,8 @@ def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tenso
     """Return the sequences that the dense model generates, or has generated before an interruption."""
     recipe, end = job.recipe, end_of_text_id(dense.source.tokenizer(), dense.source.config())
     text, bos, model = calibration.ids[: recipe.trained], calibration.bos_ids, cast(Any, dense.meta_model)
-    arguments = (model, text, bos, recipe.generate, recipe.seed, end, job.emit, job.work, job.world)
+    count = recipe.generate + recipe.generated_held_out
+    arguments = (model, text, bos, count, recipe.seed, end, job.emit, job.work, job.world)
     return kept_sequences(*arguments, segment=recipe.segment, prompt=recipe.prompt, resume=job.resume)
 
 

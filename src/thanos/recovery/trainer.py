@@ -26,7 +26,8 @@ from thanos.recovery.dense_outputs import keep_outputs
 from thanos.recovery.distance import Distillation
 from thanos.recovery.guard import Guard
 from thanos.recovery.isolation import own_state
-from thanos.recovery.recipe import RecoveryRecipe, one_cycle
+from thanos.recovery.rate import one_cycle
+from thanos.recovery.recipe import RecoveryRecipe
 from thanos.recovery.sequences import Sequences
 from thanos.recovery.states import RecoveryFolder
 from thanos.recovery.watch import Watch
