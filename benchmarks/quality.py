@@ -125,7 +125,7 @@ def compare(arguments: argparse.Namespace) -> int:
     smaller = str(arguments.work / "neurons20-recovered")
     if smaller in made and quantised:
         quantised += f",{smaller}=int8"
-    words = ["compare", arguments.model, *made, "--out", str(arguments.result), "--text", arguments.text]
+    words = ["compare", arguments.model, *made, "--out", str(arguments.result), "--overwrite", "--text", arguments.text]
     words += ["--sequence-length", arguments.window]
     words += ["--quantised", quantised] if quantised else []
     words += ["--compile"] if arguments.compile else []

@@ -59,7 +59,7 @@ HEADINGS = {
         "Perplexity": {"--text", "--sequence-length", "--max-windows", "--bos"},
         "Accuracy on tasks": {"--tasks", "--task-folder", "--limit"},
         "Where and how it runs": {"--device", "--dtype", "--trust-remote-code", "--threads"},
-        "Output": {"--out", "--quiet", "--help"},
+        "Output": {"--out", "--overwrite", "--quiet", "--help"},
     },
     "inspect": {
         "What to check": {"--dense", "--require"},

@@ -19,7 +19,7 @@ from gguf_models import write_gguf
 from helpers import prose, save_tiny
 from sparse_matrices import save_pruned
 from thanos.cli import run
-from thanos.comparison.document import Comparison, Row, groups_of, read_comparisons
+from thanos.comparison.document import NAME, Comparison, Row, groups_of, read_comparisons
 from thanos.comparison.entries import Entry, entries_of, labels_of
 from thanos.comparison.measure import Facts, disk_bytes, kind_of
 from thanos.comparison.prompts import NEW_TOKENS, PROMPTS, read_prompts
@@ -365,6 +365,13 @@ def test_the_command_writes_the_page_and_exits_with_1_after_a_failure(
     ]
     assert run([*words, str(tmp_path / "c"), *settings]) == 0
     assert "narrow" in capsys.readouterr().out
+    kept = (tmp_path / "c" / NAME).read_bytes()
+    assert run([*words, str(tmp_path / "c"), *settings]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has the measurements of an earlier comparison; give --out with another folder, or --overwrite" in said
+    assert (tmp_path / "c" / NAME).read_bytes() == kept
+    assert run([*words, str(tmp_path / "c"), *settings, "--overwrite"]) == 0
+    assert (tmp_path / "c" / NAME).read_bytes() != kept  # the seconds differ
     assert run([*words[:2], str(folder / "damaged"), *words[3:], str(tmp_path / "d"), *settings]) == 1
     assert "1 of 2 models" in capsys.readouterr().err
     assert (

@@ -19,6 +19,7 @@ from thanos.cli.options import (
     examples,
     given,
     option,
+    overwrite_option,
     use_threads,
     with_settings,
 )
@@ -111,6 +112,7 @@ def compare(
     task_folder: TaskFolder = None,
     limit: TaskLimit = None,
     threads: Threads = None,
+    overwrite: Annotated[bool, overwrite_option("Replace the measurements of an earlier comparison")] = False,
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
@@ -134,6 +136,8 @@ def compare(
         )
     out = out or _folder(models, earlier)
     comparison_output.check_writable_folder(out)
+    if earlier is None and not overwrite:
+        comparison_output.refuse_measurements(out)
     with display.watch(quiet=quiet) as watcher:
         if earlier is not None:
             runs = earlier

@@ -32,6 +32,17 @@ def check_writable_folder(out: Path) -> None:
         )
 
 
+def refuse_measurements(out: Path) -> None:
+    """Raise UserError if ``out`` has measurements of an earlier comparison, which new ones would replace."""
+    from thanos.comparison.document import NAME
+
+    if (out / NAME).exists():
+        raise UserError(
+            f"{out / NAME} has the measurements of an earlier comparison; give --out with another folder, or --overwrite to "
+            "replace them"
+        )
+
+
 def show_comparison(runs: Sequence[Comparison], out: Path) -> None:
     """Print the tables of a comparison, the reasons of failures, and the path of the page."""
     from thanos.comparison.report import PAGE, build_report
