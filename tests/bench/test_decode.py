@@ -88,6 +88,32 @@ def test_each_model_is_compiled_as_if_it_were_alone(monkeypatch: pytest.MonkeyPa
     assert compiled[0] == compiled[1] > 0
 
 
+def test_the_time_of_compiling_is_not_that_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All compilations are over before the first timed step, also if few steps are timed."""
+    from thanos.bench import decode
+
+    compiled: list[int] = []
+    timed: list[int] = []
+    steps = decode._plain_steps
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(1)
+        return graph.forward
+
+    def watched(model: Any, call: Any, prompt: Any, count: int) -> Any:
+        before = len(compiled)
+        result = steps(model, call, prompt, count)
+        timed.append(len(compiled) - before)
+        return result
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(decode, "_plain_steps", watched)
+    model = tiny_model("llama").eval().requires_grad_(False)
+    time_network(model, "m", context=4, new_tokens=2, compiled=True)
+    assert timed[0] > 0
+    assert timed[1:] == [0]
+
+
 def test_reading_has_a_rate():
     assert read_rate(CPU) > 1e6
 

@@ -291,10 +291,26 @@ def test_labels_name_no_folder_unless_two_models_have_the_same_name() -> None:
     assert labels_of(entries_of(["/x/a", "/y/a", "/y/b"])) == ["/x/a", "/y/a", "b"]
 
 
+def test_a_perplexity_beyond_all_numbers_is_explained(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    model.save_pretrained(tmp_path / "loud")
+    AutoTokenizer.from_pretrained(folder / "dense").save_pretrained(tmp_path / "loud")
+    request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"))
+    _, loud = compare([str(folder / "dense"), str(tmp_path / "loud")], request).rows
+    assert loud.evaluation is not None
+    assert loud.evaluation["perplexity"] is None
+    assert [note for note in loud.notes if "is too large for a number" in note]
+    assert not loud.reason
+
+
 def test_prompts_are_divided_by_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("Two\nlines\n\n\n  one more\n")
     assert read_prompts(path) == ("Two\nlines", "  one more")
+    path.write_text("one", encoding="utf-8-sig")  # as some editors save it
+    assert read_prompts(path) == ("one",)
     path.write_text("\n \n")
     with pytest.raises(DataError, match="no prompt"):
         read_prompts(path)

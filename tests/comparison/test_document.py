@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from thanos.cli import run
-from thanos.comparison.document import Comparison, Row, read_comparisons
+from thanos.comparison.document import Comparison, Row, merged, read_comparisons
 from thanos.comparison.report import PAGE, build_report, write_document
 from thanos.errors import DataError
 from thanos.study.report.page import render_page
@@ -81,6 +81,60 @@ def test_a_document_without_numbers_is_refused(tmp_path: Path, runs: list[Any], 
     (tmp_path / "other.json").write_text(json.dumps(values))
     with pytest.raises(DataError, match=words):
         read_comparisons([tmp_path / "other.json"])
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("row", "label", 5),
+        ("row", "weight_bytes", "many"),
+        ("row", "tokens_per_second", float("nan")),
+        ("row", "evaluation", "good"),
+        ("row", "evaluation", {"perplexity": float("inf")}),
+        ("row", "evaluation", {"perplexity": float("nan")}),
+        ("row", "zero_shot", {"average": 5}),
+        ("row", "zero_shot", {}),
+        ("row", "texts", None),
+        ("row", "texts", {"Two and": 2}),
+        ("row", "notes", "one"),
+        ("settings", "tasks", None),
+        ("machine", "versions", "2.13"),
+    ],
+)
+def test_a_value_that_cannot_be_shown_is_refused(
+    tmp_path: Path, part: str, name: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads(written(tmp_path).read_text())
+    run_ = values["runs"][0]
+    (run_["rows"][0] if part == "row" else run_[part])[name] = value
+    (tmp_path / "other.json").write_text(json.dumps(values))
+    assert run(["compare", str(tmp_path / "other.json"), "--out", str(tmp_path / "c")]) == 2
+    assert "is not the JSON of a comparison" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("rows", [["dense"], [None], {"a": 1}, 3])
+def test_rows_that_are_none_are_refused(tmp_path: Path, rows: Any) -> None:
+    values = json.loads(written(tmp_path).read_text())
+    values["runs"][0]["rows"] = rows
+    (tmp_path / "other.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match="is not the JSON of a comparison"):
+        read_comparisons([tmp_path / "other.json"])
+
+
+def test_the_texts_of_all_runs_are_kept() -> None:
+    """Two runs continue different prompts; the numbers are those of the last."""
+    runs = [
+        Comparison(
+            command="",
+            machine=MACHINE,
+            settings=SETTINGS,
+            rows=[Row(label="dense", weight_bytes=size, texts={prompt: "x", "both": str(size)})],
+        )
+        for size, prompt in ((1, "one"), (2, "two"))
+    ]
+    (row,) = merged(runs)
+    assert row == Row(label="dense", weight_bytes=2, texts={"one": "x", "both": "2", "two": "x"})
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,8 @@ def time_network(
         # torch compiles the same forward function only for a few models of a process, so forget the earlier ones.
         torch.compiler.reset()
         step = torch.compile(model, dynamic=None if device.type == "cpu" else False)
+        if device.type == "cpu":  # it compiles in the first steps, which the graph's warm steps are on CUDA
+            _plain_steps(model, step, prompt, _WARM_STEPS)
     seconds, tokens = decode(model, step, prompt, new_tokens)
     rate = 1 / statistics.median(seconds)
     total, read = weight_bytes(model)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,9 +54,30 @@ class Row:
     reason: str = ""
 
 
-_SETTINGS = ("dtype", "text", "sequence_length", "windows", "context", "compiled", "tasks", "limit")
-_MACHINE = ("device", "date", "commit", "versions", "threads")
-"""Keys without which the page of a comparison cannot be drawn."""
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_SETTINGS = {
+    "dtype": str,
+    "text": str,
+    "sequence_length": int,
+    "windows": int,
+    "context": int,
+    "compiled": bool,
+    "tasks": list,
+    "limit": _MAYBE,
+}
+_MACHINE = {"device": str, "date": str, "commit": (str, type(None)), "versions": dict, "threads": int}
+"""Keys without which the page of a comparison cannot be drawn, with the types of their values."""
+
+_ROW = {
+    **dict.fromkeys(("label", "kind", "reason"), str),
+    **dict.fromkeys(("parameters", "disk_bytes", "weight_bytes", "tokens_per_second", "first_token_seconds"), _MAYBE),
+    "packed_layers": _NUMBER,
+    "dtype": (str, type(None)),
+    **dict.fromkeys(("evaluation", "zero_shot"), (dict, type(None))),
+    "texts": dict,
+    "notes": list,
+}
+"""Types of a row's values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,13 +110,13 @@ class Comparison(Document):
         missing += [f"machine.{key}" for key in _MACHINE if key not in values["machine"]]
         if missing or not values["rows"]:
             raise ValueError(f"a run without {', '.join(missing) or 'rows'}")
-        known = {one.name for one in dataclasses.fields(Row)}
-        rows = [Row(**{name: value for name, value in row.items() if name in known}) for row in values["rows"]]
+        for part, kinds in ((values["settings"], _SETTINGS), (values["machine"], _MACHINE)):
+            _check(part, kinds)
         return cls(
             command=values["command"],
             machine=values["machine"],
             settings=values["settings"],
-            rows=rows,
+            rows=[_row(row) for row in values["rows"]],
             schema=values["schema"],
         )
 
@@ -103,6 +124,27 @@ class Comparison(Document):
     def failed(self) -> list[Row]:
         """The rows of models of which a measurement failed."""
         return [row for row in self.rows if row.reason]
+
+
+def _row(values: Mapping[str, Any]) -> Row:
+    """Return a row, without the keys that this version does not know. Raise TypeError or ValueError if a value is wrong."""
+    row = Row(**{name: value for name, value in values.items() if name in _ROW})
+    _check(values, {name: kind for name, kind in _ROW.items() if name in values})
+    _check(row.texts, dict.fromkeys(row.texts, str))
+    _check(row.evaluation or {}, dict.fromkeys(row.evaluation or {}, _MAYBE))
+    if row.zero_shot is not None:
+        average = row.zero_shot["average"]
+        _check(average, dict.fromkeys(average, _MAYBE))
+    return row
+
+
+def _check(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raise TypeError if a value is of another type, or ValueError if a number is NaN or infinite."""
+    for name, kind in kinds.items():
+        if not isinstance(values[name], kind):
+            raise TypeError(f"{name} is {values[name]!r}")
+        if isinstance(values[name], float) and not math.isfinite(values[name]):
+            raise ValueError(f"{name} is {values[name]}")
 
 
 NAME = "comparison.json"
@@ -131,7 +173,7 @@ def read_comparisons(paths: Sequence[Path]) -> list[Comparison]:
             comparisons += [Comparison.from_dict(run) for run in runs]
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{file} is not the JSON of a comparison ({type(error).__name__}: {error}); give a {NAME} that "
                 "thanos compare wrote"
@@ -150,12 +192,16 @@ def groups_of(runs: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def merged(runs: Sequence[Comparison]) -> list[Row]:
-    """Return the rows of one group. If several runs measured a model, its last row without a failure is used."""
+    """Return the rows of one group. If several runs measured a model, its last row without a failure is used.
+
+    The texts of earlier runs for other prompts are kept.
+    """
     rows: dict[str, Row] = {}
     for run in runs:
         for row in run.rows:
-            if row.label not in rows or not row.reason:
-                rows[row.label] = row
+            earlier = rows.get(row.label)
+            if earlier is None or not row.reason:
+                rows[row.label] = row if earlier is None else replace(row, texts=earlier.texts | row.texts)
     return list(rows.values())
 
 

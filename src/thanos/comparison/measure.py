@@ -177,6 +177,8 @@ def quality(
         reference = replace(reference, dense=None, model=None)
         notes = ["its vocabulary has another size than the first model's, so it has no KL divergence"]
     scored = evaluate(source.name, reference=reference, network=network, on_event=on_event).to_dict()
+    if scored["perplexity"] is None:
+        notes.append(f"its perplexity, exp({scored['mean_loss']:.4g}), is too large for a number")
     return {"evaluation": {name: scored[name] for name in _EVALUATED}, "notes": notes}
 
 

@@ -32,7 +32,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         DataError: the file cannot be read, or contains no prompt.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"--prompts {path} cannot be read: {error.strerror}; give a text file of prompts") from error
     except UnicodeDecodeError as error:
