@@ -278,6 +278,15 @@ def test_a_model_that_does_not_exist_is_an_error_before_the_first_one_is_measure
     assert not rows
 
 
+def test_the_rate_of_the_evaluation_counts_no_time_of_the_texts(folder: Path) -> None:
+    """Texts and speed have a phase of their own, before that of the scored windows."""
+    request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"))
+    events: list[Any] = []
+    compare([str(folder / "dense"), str(folder / "pruned")], request, on_event=events.append)
+    phases = [event.phase for event in events if event.kind == "phase"]
+    assert [phase for phase in phases if phase != "calibration"] == ["load", "generate", "evaluate"] * 2
+
+
 def test_a_timed_text_beyond_the_positions_is_refused_before_the_measurements(folder: Path) -> None:
     request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"), context=200)
     rows: list[Comparison] = []

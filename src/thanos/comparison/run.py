@@ -280,12 +280,13 @@ class _Run:
         fields["dtype"] = str(network.dtype).removeprefix("torch.")
         if network.dtype != self._dtype:  # packed weights keep the dtype in which they were packed
             fields["notes"].append(f"runs in {fields['dtype']}, the dtype of its packed weights")
-        on_event(Event(kind="phase", phase="evaluate"))
+        on_event(Event(kind="phase", phase="generate"))
         self._try(fields, lambda: {"texts": continuations(network, source.tokenizer(), request.prompts)})
         self._try(fields, lambda: speed(network, source, request))
         if request.tasks:
             self._try(fields, lambda: tasks(network, source, request, reference, on_event))
         reference.model.to(self.device)  # type: ignore[arg-type]
+        on_event(Event(kind="phase", phase="evaluate"))
         self._try(fields, lambda: quality(network, source, reference, first, on_event))
 
     def _free(self) -> None:
