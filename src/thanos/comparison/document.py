@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from thanos.errors import DataError
 from thanos.system.documents import Document
@@ -54,7 +55,7 @@ class Row:
     reason: str = ""
 
 
-_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_MAYBE = (int, float, type(None))
 _SETTINGS = {
     "dtype": str,
     "text": str,
@@ -68,15 +69,14 @@ _SETTINGS = {
 _MACHINE = {"device": str, "date": str, "commit": (str, type(None)), "versions": dict, "threads": int}
 """Keys without which the page of a comparison cannot be drawn, with the types of their values."""
 
-_ROW = {
-    **dict.fromkeys(("label", "kind", "reason"), str),
-    **dict.fromkeys(("parameters", "disk_bytes", "weight_bytes", "tokens_per_second", "first_token_seconds"), _MAYBE),
-    "packed_layers": _NUMBER,
-    "dtype": (str, type(None)),
-    **dict.fromkeys(("evaluation", "zero_shot"), (dict, type(None))),
-    "texts": dict,
-    "notes": list,
-}
+
+def _types(hint: Any) -> tuple[type, ...]:
+    """Return the types of the JSON values of an annotation. A whole number also counts as a float."""
+    kinds = tuple(get_origin(part) or part for part in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
+    return (*kinds, int) if float in kinds else kinds
+
+
+_ROW = {name: _types(hint) for name, hint in get_type_hints(Row).items()}
 """Types of a row's values."""
 
 
