@@ -31,7 +31,7 @@ OPTIONS = {
         "--help",
         "--scope", "--allocation", "--multiple-of", "--head-unit", "--output-dtype",
         "--effort", "--dense-target", "--sequential", "--no-sequential", "--refit", "--tune", "--held-out", "--tune-rate",
-        "--tune-loss", "--generate", "--segment", "--prompt",
+        "--tune-loss", "--generate", "--segment", "--prompt", "--prompts",
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",

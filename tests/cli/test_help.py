@@ -30,8 +30,8 @@ HEADINGS = {
             "--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate", "--tune-loss",
         },
         "Calibration": {
-            "--calibration", "--samples", "--generate", "--segment", "--prompt", "--sequence-length", "--seed",
-            "--measure-error",
+            "--calibration", "--samples", "--generate", "--segment", "--prompt", "--prompts", "--sequence-length",
+            "--seed", "--measure-error",
         },
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",
@@ -43,7 +43,7 @@ HEADINGS = {
             *("--epochs", "--rate", "--train", "--vary", "--generate", "--segment", "--batch", "--micro-batch"),
             *("--held-out", "--shard", "--compile", "--dense"),
         },
-        "Calibration": {"--calibration", "--samples", "--prompt", "--sequence-length", "--seed"},
+        "Calibration": {"--calibration", "--samples", "--prompt", "--prompts", "--sequence-length", "--seed"},
         "Where and how it runs": {"--device", "--trust-remote-code", "--threads", "--resume"},
         "Output": {"--overwrite", "--json", "--quiet", "--help"},
     },

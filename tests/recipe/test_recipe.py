@@ -45,6 +45,7 @@ def test_the_defaults_are_those_that_are_documented():
         "generate": 0,
         "segment": 256,
         "prompt": 32,
+        "prompts": None,
         "seed": 0,
         "device": "auto",
         "dtype": "auto",
@@ -174,6 +175,15 @@ BAD_RUN_VALUES: list[tuple[dict[str, Any], str]] = [
         r"segment 100 has no meaning without generated sequences; leave segment out, or set generate above 0",
     ),
     ({"prompt": 0}, r"prompt 0 has no meaning without generated sequences"),
+    ({"prompts": "a.txt"}, r"prompts a\.txt has no meaning without generated sequences; leave prompts out"),
+    *[
+        ({"prompts": v, "generate": 8}, r"prompts must be the name of a text file, or left out; got")
+        for v in ("", 4, ["a"])
+    ],
+    (
+        {"prompts": "a.txt", "prompt": 4, "generate": 8},
+        r"prompt 4 has no meaning with prompts \(a\.txt\), which are used whole; leave one of them out",
+    ),
     ({"generate": 10**20}, r"128 \(samples\) \+ 100000000000000000000 \(generate\) calibration sequences"),
     ({"sequence_length": 10**20}, "more than any machine can hold"),
     *[({"dtype": v}, r"dtype .* is unknown; choose one of auto, float32, bfloat16, float16") for v in ("fp16", "", 16)],

@@ -248,6 +248,8 @@ def test_refusals(value: object, why: str, text_file: Path) -> None:
         ({"segment": 1}, "segment must be a whole number, at least 2; got 1"),
         ({"prompt": -1, "generate": 4}, "prompt must be a whole number, at least 0; got -1"),
         ({"prompt": 4}, "prompt 4 has no meaning here; leave prompt out, or set generate above 0"),
+        ({"prompts": "a.txt"}, "prompts a.txt has no meaning here; leave prompts out, or set generate above 0"),
+        ({"prompts": "a.txt", "prompt": 4, "generate": 4}, "prompt 4 has no meaning with prompts"),
         (
             {"segment": 100, "vary": False},
             "segment 100 has no meaning here; leave segment out, or set vary, or generate",

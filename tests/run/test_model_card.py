@@ -14,7 +14,8 @@ from helpers import save_tiny
 from reports import layer
 from thanos.engine.records import LayerRecord
 from thanos.engine.tuning_record import TuningRecord
-from thanos.run.model_card import model_card, public_name
+from thanos.run.model_card import model_card
+from thanos.run.names import public_name
 from thanos.run.report import PruningReport, compute_totals
 from thanos.system.meter import PhaseRecord
 

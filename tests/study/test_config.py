@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT
 from thanos.errors import RecipeError, StudyError
 from thanos.evaluation.tasks import PAPER_TASKS
-from thanos.run.model_card import public_name as public
+from thanos.run.names import public_name as public
 from thanos.study.config import read_study
 from thanos.study.grid import Cell, Study, public_cell
 

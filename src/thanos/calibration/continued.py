@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from thanos.calibration.generation import SEEDS, Part, continue_prompts
+from thanos.calibration.prompts import check_prompt_ids, read_prompt_ids
+from thanos.calibration.text import text_sha256
 from thanos.calibration.windows import Calibration, begin_windows
 from thanos.events import Event, Phase
 from thanos.model.loading import check_token_ids
@@ -22,7 +24,7 @@ from thanos.recipe import Recipe
 from thanos.recipe.repair import PROMPT, SEGMENT, held_out_count
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PIECES = {"cpu": 16, "cuda": 2048}
 """Largest number of pieces that are continued together, by type of device."""
@@ -47,20 +49,22 @@ def generate_sequences(
     *,
     segment: int = SEGMENT,
     prompt: int = PROMPT,
+    prompts: Sequence[Sequence[int]] = (),
     phase: Phase = "generate",
     done: Sequence[Part] = (),
     keep: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
-    """Return sequences that consist of continued pieces of a text.
+    """Return sequences that consist of continued pieces of a text, or of continued prompts.
 
     If the device's memory runs out, the batches of the parts that are left are halved.
 
     A piece begins with ``prompt`` tokens from a random position of the text, or with half a segment if that is shorter. Without
-    any, it begins with BOS alone, or with ``end`` if there is no BOS.
+    any, it begins with BOS alone, or with ``end`` if there is no BOS. If ``prompts`` are given, it begins with one of them:
+    all are used equally often, in random order.
 
     Args:
         model: the dense model.
-        ids: token ids of the text, (n, T) int64, on the CPU.
+        ids: token ids of the text, (n, T) int64, on the CPU. With ``prompts`` only T is used.
         bos: ids of the tokens with which each sequence, and each piece that is continued, begins; empty without any.
         count: number of sequences to generate.
         seed: seed of the positions and of the sampled tokens.
@@ -68,6 +72,7 @@ def generate_sequences(
         emit: function that is called with events of progress.
         segment: tokens of a piece; at most those of a sequence.
         prompt: tokens of the text with which a piece begins.
+        prompts: token ids of prompts, without BOS, each of at most half a segment.
         phase: phase of these events.
         done: the parts that an interrupted call has made, in order, on the same type of device. The next ones have at most the
             size of the last of them.
@@ -79,14 +84,13 @@ def generate_sequences(
     text = ids[:, len(bos) :]
     width = text.shape[1]
     segment = min(segment, width)
-    prompt = min(prompt, segment // 2)
-    pieces = math.ceil(count * width / segment)
     draw = torch.Generator().manual_seed(seed % SEEDS)
-    rows = torch.randint(len(text), (pieces, 1), generator=draw)
-    columns = torch.randint(width - prompt + 1, (pieces, 1), generator=draw) + torch.arange(prompt)
-    begun = begin_windows(text[rows, columns], bos)
-    if not begun.shape[1]:
-        begun = torch.full((pieces, 1), end)
+    if prompts:
+        begun, lengths = _drawn(prompts, bos, segment, count * width, end, draw)
+    else:
+        begun, lengths = _cut(text, bos, min(prompt, segment // 2), math.ceil(count * width / segment), draw), None
+        if not begun.shape[1]:
+            begun = torch.full((len(begun), 1), end)
     length = len(bos) + segment
     parts, made = [*done], None
     kept = sum(len(part.ids) for part in parts)
@@ -102,18 +106,57 @@ def generate_sequences(
     while made is None:
         try:
             before = tuple(parts)
-            made = continue_prompts(model, begun, length, seed, end, batch, phase, report, done=before, keep=add)
+            made = continue_prompts(
+                *(model, begun, length, seed, end, batch, phase, report), lengths=lengths, done=before, keep=add
+            )
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
         if made is None:  # outside the except block, where the error's traceback still refers to tensors
             torch.cuda.empty_cache()
             batch //= 2
-    return begin_windows(made[:, len(bos) :].flatten()[: count * width].view(count, width), bos)
+    if lengths is None:
+        stream = made[:, len(bos) :].flatten()
+    else:
+        padding = begun.shape[1] - lengths + len(bos)
+        stream = torch.cat([row[first:] for row, first in zip(made, padding.tolist(), strict=True)])
+    return begin_windows(stream[: count * width].view(count, width), bos)
+
+
+def _cut(text: Tensor, bos: tuple[int, ...], prompt: int, pieces: int, draw: torch.Generator) -> Tensor:
+    """Return the beginnings of pieces, (pieces, b + prompt): BOS, and tokens from random positions of a text (n, width)."""
+    rows = torch.randint(len(text), (pieces, 1), generator=draw)
+    columns = torch.randint(text.shape[1] - prompt + 1, (pieces, 1), generator=draw) + torch.arange(prompt)
+    return begin_windows(text[rows, columns], bos)
+
+
+def _drawn(
+    prompts: Sequence[Sequence[int]], bos: tuple[int, ...], segment: int, tokens: int, pad: int, draw: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return BOS and prompts as rows (pieces, b + longest), padded at the start, and their lengths with BOS (pieces,).
+
+    All pieces get the same number of new tokens, so a piece with a shorter prompt is shorter. There are as many pieces as
+    together have ``tokens`` tokens without BOS.
+    """
+    longest = max(map(len, prompts))
+    chosen, made = list[Sequence[int]](), 0
+    while made < tokens:
+        for number in torch.randperm(len(prompts), generator=draw).tolist():
+            chosen.append(prompts[number])
+            made += segment - longest + len(prompts[number])
+            if made >= tokens:
+                break
+    rows = [[pad] * (longest - len(prompt)) + [*bos, *prompt] for prompt in chosen]
+    return torch.tensor(rows), torch.tensor([len(bos) + len(prompt) for prompt in chosen])
 
 
 def generate_more(
-    made: Calibration, model: PreTrainedModel, recipe: Recipe, end: int, emit: Callable[[Event], None]
+    made: Calibration,
+    model: PreTrainedModel,
+    recipe: Recipe,
+    end: int,
+    emit: Callable[[Event], None],
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> Calibration:
     """Return windows of a text, and before them the sequences that a recipe wants generated.
 
@@ -125,16 +168,21 @@ def generate_more(
         recipe: the recipe; without ``generate`` the windows are returned unchanged.
         end: id of the end-of-text token.
         emit: function that is called with events of progress.
+        tokenizer: the model's; a recipe with ``prompts`` needs it.
 
     Raises:
-        DataError: the text holds token ids that the model does not embed.
+        DataError: the text holds token ids that the model does not embed, or the prompts cannot be used.
         NumericsError: the model gives NaN or infinity.
     """
     if not recipe.generate:
         return made
     check_token_ids(made.ids, model)
     held_out = held_out_count(recipe, len(made.ids) + recipe.generate)
-    prompts = made.ids[: len(made.ids) - held_out]
-    arguments = (model, prompts, made.bos_ids, recipe.generate, made.seed, end, emit)
-    new = generate_sequences(*arguments, segment=recipe.segment, prompt=recipe.prompt, phase="calibration")
-    return replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate)
+    text = made.ids[: len(made.ids) - held_out]
+    prompts = read_prompt_ids(recipe, tokenizer, text.shape[1] - len(made.bos_ids), emit)
+    check_prompt_ids(prompts, model)
+    arguments = (model, text, made.bos_ids, recipe.generate, made.seed, end, emit)
+    how = {"segment": recipe.segment, "prompt": recipe.prompt, "prompts": prompts}
+    new = generate_sequences(*arguments, **how, phase="calibration")
+    prompts_sha256 = None if recipe.prompts is None else text_sha256(recipe.prompts)
+    return replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate, prompts_sha256=prompts_sha256)

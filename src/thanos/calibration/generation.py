@@ -62,6 +62,7 @@ def continue_prompts(
     phase: Phase,
     emit: Callable[[Event], None],
     *,
+    lengths: Tensor | None = None,
     done: Sequence[Part] = (),
     keep: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
@@ -74,10 +75,12 @@ def continue_prompts(
         prompts: token ids, (n, p) int64, on any device.
         length: tokens of a prompt and its continuation, more than p.
         seed: seed of the samples. The global random state is not changed.
-        pad: any token id; the model asks for one, and no sequence is padded.
+        pad: any token id; the model asks for one.
         batch: prompts that the model continues together.
         phase: of the progress events.
         emit: function that is called with them.
+        lengths: number of tokens of each prompt, (n,) int64, at the end of its row; the tokens before them are padding, which
+            the model does not attend to. None: no row is padded.
         done: the first parts of an earlier call with the same arguments, made on the same type of device. They are not sampled
             again. On a CPU the result has the same bits as without them.
         keep: function that is called with each new part, before its event.
@@ -103,17 +106,20 @@ def continue_prompts(
         eos_token_id=getattr(model.generation_config, "eos_token_id", None),
         pad_token_id=pad,
     )
+    real = torch.ones_like(prompts)
+    if lengths is not None:
+        real = (torch.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]).to(prompts)
     with torch.random.fork_rng(devices), torch.inference_mode(), _replaced_defaults(model):
         torch.manual_seed(seed % SEEDS)
-        _check_outputs(model, prompts[:1])
+        _check_outputs(model, prompts[:1, real[0].bool()])
         if parts:
             _set_states(parts[-1].states, devices)
         while count < len(prompts):
-            begun = prompts[count : count + batch]
+            begun, mask = prompts[count : count + batch], real[count : count + batch]
             with _named_sampling_errors():
                 ids = model.generate(  # type: ignore[operator]
                     begun.to(model.device),
-                    attention_mask=torch.ones_like(begun, device=model.device),
+                    attention_mask=mask.to(model.device),
                     generation_config=config,
                 )
             parts.append(Part(ids.cpu(), _states(devices)))

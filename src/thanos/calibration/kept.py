@@ -27,7 +27,8 @@ def read_windows(path: Path, source: str) -> Calibration | None:
         return None
     bos = tuple(map(int, made["bos"].split()))
     numbers = int(made["seed"]), int(made["documents"])
-    return Calibration(ids, source, made["rule"], *numbers, bos, int(made.get("generated", 0)))
+    generated = int(made.get("generated", 0)), made.get("prompts_sha256")
+    return Calibration(ids, source, made["rule"], *numbers, bos, *generated)
 
 
 def write_windows(path: Path, made: Calibration) -> None:
@@ -35,5 +36,7 @@ def write_windows(path: Path, made: Calibration) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     described = {"rule": made.rule, "seed": str(made.seed), "documents": str(made.documents)}
     described["generated"] = str(made.generated)
+    if made.prompts_sha256 is not None:
+        described["prompts_sha256"] = made.prompts_sha256
     described["bos"] = " ".join(map(str, made.bos_ids))
     write_atomically(path, lambda part: save_file({"ids": made.ids.contiguous()}, part, metadata=described))

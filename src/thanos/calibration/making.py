@@ -55,4 +55,4 @@ def make_calibration(source: ModelSource, recipe: Recipe, device: torch.device, 
         model=dense,
         on_event=watch,
     )
-    return made if dense is None else generate_more(made, dense, recipe, pad, watch)
+    return made if dense is None else generate_more(made, dense, recipe, pad, watch, tokenizer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from thanos.calibration.text_files import SUFFIXES, find_files
@@ -182,18 +182,39 @@ def _raw_rows(source: str, *, allowed: str, note: Note) -> Iterator[Row]:
 
 
 def _file_rows(source: str, allowed: str, tokenizer: PreTrainedTokenizerBase | None, note: Note) -> list[str]:
-    rows, halves = [], 0
-    for row in _raw_rows(source, allowed=allowed, note=note):
-        text, found = _HALF_PAIR.subn("\ufffd", row if isinstance(row, str) else _rendered(row, source, tokenizer))
-        rows.append(text)
-        halves += found
+    return texts_of(_raw_rows(source, allowed=allowed, note=note), source, tokenizer, note)
+
+
+def texts_of(
+    rows: Iterable[Row], source: str, tokenizer: PreTrainedTokenizerBase | None, note: Note, *, reply: bool = False
+) -> list[str]:
+    """Return the texts of a source's rows.
+
+    Args:
+        rows: the rows.
+        source: name of the source, for messages.
+        tokenizer: its chat template turns chats into text; None if there are none.
+        note: called with a note if characters are replaced.
+        reply: end a chat with the words after which the model's reply begins.
+
+    Raises:
+        DataError: a chat cannot be turned into text.
+    """
+    texts, halves = [], 0
+    for row in rows:
+        found = row if isinstance(row, str) else _rendered(row, source, tokenizer, reply=reply)
+        text, replaced = _HALF_PAIR.subn("\ufffd", found)
+        texts.append(text)
+        halves += replaced
     if halves:
         what = "1 half of a surrogate pair" if halves == 1 else f"{halves:,} halves of surrogate pairs"
         note(f"{source} holds {what}; a half is not a character, so U+FFFD replaces it")
-    return rows
+    return texts
 
 
-def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def _rendered(
+    messages: list[dict[str, Any]], source: str, tokenizer: PreTrainedTokenizerBase | None, *, reply: bool = False
+) -> str:
     """Return a chat as text. Remove a BOS that the template writes, if the tokenizer adds BOS to every text anyway."""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -202,7 +223,7 @@ def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrained
         )
     assert tokenizer is not None
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply))
     except Exception as error:  # Jinja's own errors, and those that a template raises
         raise DataError(
             f"{source} holds a chat that the tokenizer's chat template refuses ({first_line(error)}); a message has role and "

@@ -60,7 +60,8 @@ def parts_of(source: str) -> list[Part]:
 def find_files(source: str, allowed: str) -> list[tuple[Path, str | None]]:
     """Return the files of a source, each with its column; the column is None if none is named.
 
-    ``allowed`` are the other valid sources, for the message of the DataError if the source names no files or they do not exist.
+    ``allowed`` are the other valid sources, for the message of the DataError if the source names no files or they do not exist;
+    empty if there are none.
     """
     return [(path, part.column) for part in parts_of(source) for path in _files_of(part.path, allowed)]
 
@@ -114,7 +115,7 @@ def _files_of(name: str, allowed: str) -> list[Path]:
         raise DataError(f"text source {name!r} matches no file ending in {endings}; check the pattern")
     if not name.lower().endswith(SUFFIXES):
         raise DataError(
-            f"text source {name!r} is unknown; choose {allowed}, or a file ending in {endings}, a "
+            f"text source {name!r} is unknown; choose {f'{allowed}, or ' if allowed else ''}a file ending in {endings}, a "
             f"folder of such files, or several separated by commas{_meant(name, allowed)}"
         )
     if not exists(name):

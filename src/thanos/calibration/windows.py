@@ -45,7 +45,8 @@ class Calibration:
         bos_ids: ids of the tokens at the start of each window: those with which the tokenizer begins a text, mostly one, the
             beginning-of-text token (BOS); empty if it adds none to texts.
         generated: number of additional sequences, the first ones, that the dense model generated as continuations of pieces of
-            the text; see :mod:`thanos.calibration.continued`.
+            the text, or of prompts; see :mod:`thanos.calibration.continued`.
+        prompts_sha256: hash of the files of these prompts; None if there are none.
     """
 
     ids: Tensor
@@ -55,6 +56,7 @@ class Calibration:
     documents: int
     bos_ids: tuple[int, ...] = ()
     generated: int = 0
+    prompts_sha256: str | None = None
 
     @property
     def samples(self) -> int:
@@ -87,6 +89,7 @@ class Calibration:
             "documents": self.documents,
             "samples": self.samples,
             **({"generated": self.generated} if self.generated else {}),
+            **({"prompts_sha256": self.prompts_sha256} if self.prompts_sha256 else {}),
             "sequence_length": self.ids.shape[1],
             "tokens": self.ids.numel(),
             "bos_ids": list(self.bos_ids),

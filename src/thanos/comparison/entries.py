@@ -9,7 +9,7 @@ from os.path import normpath
 
 from thanos.comparison.quantised import KINDS
 from thanos.errors import DataError
-from thanos.run.model_card import public_name
+from thanos.run.names import public_name
 from thanos.settings import either
 from thanos.system.suggestions import near
 

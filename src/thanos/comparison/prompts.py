@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from thanos.calibration.prompts import split_prompts
 from thanos.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         raise DataError(
             f"--prompts {path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8"
         ) from error
-    prompts = tuple(part.strip("\n") for part in re.split(r"\n[ \t]*\n", text) if part.strip())
+    prompts = tuple(split_prompts(text))
     if not prompts:
         raise DataError(f"--prompts {path} contains no prompt; write at least one, separated by blank lines")
     return prompts

@@ -28,7 +28,7 @@ from thanos.model.bos import check_bos
 from thanos.model.loading import adapter_notes, load_model, parse_dtype
 from thanos.model.opening import running_dtype
 from thanos.model.source import ModelSource, find_local, resolve_model
-from thanos.run.model_card import public_name
+from thanos.run.names import public_name
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from thanos.calibration.continued import batch_size, generate_sequences
 from thanos.calibration.generation import GENERATION_BATCH, SEEDS
 from thanos.calibration.making import make_calibration
+from thanos.calibration.prompts import check_prompt_ids, read_prompt_ids
 from thanos.errors import NumericsError
 from thanos.events import Watcher
 from thanos.model.loading import check_token_ids, load_model
@@ -74,8 +75,12 @@ def _continued_pieces(job: Job, ids: Tensor, bos: tuple[int, ...]) -> float:
     loading = time.perf_counter() - began
     width = ids.shape[1] - len(bos)
     segment = min(recipe.segment, width)
-    prompt = min(recipe.prompt, segment // 2)
-    pieces = math.ceil(recipe.generate * width / segment)
+    source = job.prepared.opened.source
+    prompts = read_prompt_ids(recipe, source.tokenizer(), width, lambda event: None)
+    check_prompt_ids(prompts, model)
+    prompt = max(map(len, prompts), default=min(recipe.prompt, segment // 2))
+    shorter = prompt - sum(map(len, prompts)) / len(prompts) if prompts else 0.0  # of the pieces, on average
+    pieces = math.ceil(recipe.generate * width / (segment - shorter))
     batch, spent, new = min(batch_size(job.device, segment), pieces), list[float](), list[int]()
     for positions in _POSITIONS:
         # At least twice the prompt: in a shorter piece the prompt is shorter too.

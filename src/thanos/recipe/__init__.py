@@ -18,7 +18,7 @@ from thanos.recipe.checks import check_settings
 from thanos.recipe.globs import check_globs as check_globs
 from thanos.recipe.globs import matches
 from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, checked, repairs_of, used
-from thanos.recipe.override import Override, suited_to
+from thanos.recipe.override import Override, suited_changes, suited_to
 from thanos.recipe.repair import (
     PROMPT,
     REPAIR_FIELDS,
@@ -26,7 +26,6 @@ from thanos.recipe.repair import (
     TUNE_LOSSES,
     TUNE_RATE,
     check_run_repair,
-    unused_values,
 )
 from thanos.recipe.repair import Repair as Repair
 from thanos.recipe.run_fields import DTYPES, check_run_fields
@@ -48,6 +47,7 @@ class Recipe(LayerRecipe):
         segment: tokens of a piece that the dense model generates, or those of a sequence if they are fewer.
         prompt: tokens of the text with which such a piece begins, at most half a piece. With 0 it begins with BOS, or with
             end-of-text if the tokenizer adds no BOS.
+        prompts: local files of prompts with which the pieces begin instead; see :mod:`thanos.calibration.prompts`.
         sequence_length: tokens per calibration sequence.
         seed: seed of the draw of calibration sequences.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -94,6 +94,13 @@ class Recipe(LayerRecipe):
         Heading.CALIBRATION,
         "TOKENS",
         lowest=0,
+    )
+    prompts: str | None = setting(
+        None,
+        "Prompts with which generated pieces begin: a .txt file with blank lines between them, or rows of other text files",
+        Heading.CALIBRATION,
+        "FILE",
+        default="pieces of the text",
     )
     seed: int = setting(0, "Seed of the random choice of calibration sequences", Heading.CALIBRATION, "N", lowest=0)
     device: str = setting(
@@ -230,18 +237,7 @@ class Recipe(LayerRecipe):
         Raises:
             RecipeError: the pattern is malformed, or the method or the effort is unknown.
         """
-        suited = suited_to(self.pattern, changes)
-        methods = (changes.get("method", self.method), *self._methods()[1:])
-        repairs = self._repairs({name: value for name, value in suited.items() if name in REPAIR_FIELDS})
-        needed = {setting for name in methods for setting in registry.method(name).settings}
-        needed |= {"damping"} if any(repair.needs_gram for repair in repairs) else set()
-        unused = {name: default for name, default in registry.LAYER_SETTINGS.items() if name not in needed}
-        repairing = any(name in changes for name in REPAIR_FIELDS)
-        return {
-            **(unused if repairing or "method" in changes else {}),
-            **(unused_values(repairs) if repairing else {}),
-            **suited,
-        }
+        return suited_changes(self, changes, self._methods()[1:], self._repairs)
 
     def for_layer(self, name: str) -> LayerRecipe | None:
         """Return the settings of the layer ``name`` (full module name); None if its last matching override skips it."""

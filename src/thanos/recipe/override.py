@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from thanos import registry
 from thanos.errors import RecipeError
 from thanos.recipe.layer import LAYER_FIELDS
-from thanos.recipe.repair import with_effort
+from thanos.recipe.repair import REPAIR_FIELDS, Repair, unused_values, with_effort
 from thanos.registry import parse_pattern
 from thanos.system.suggestions import near
+
+if TYPE_CHECKING:
+    from thanos.recipe import Recipe
 
 _OTHER_NAMES = {
     "sequence_length": ("seqlen", "seq_len", "max_length"),
@@ -62,3 +66,34 @@ def suited_to(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
         return changes
     return {"sparsity": None, "block_size": None, "scope": None, **changes}
+
+
+def suited_changes(
+    recipe: Recipe,
+    changes: Mapping[str, Any],
+    overriding: Sequence[str],
+    repairs_with: Callable[[Mapping[str, Any]], list[Repair]],
+) -> dict[str, Any]:
+    """Return changes with the defaults that :meth:`Recipe.suited` adds.
+
+    Args:
+        recipe: the recipe to change.
+        changes: name of a field → new value.
+        overriding: the methods that the recipe's overrides set.
+        repairs_with: function that returns the recipe's repairs with some fields changed.
+    """
+    suited = suited_to(recipe.pattern, changes)
+    repairs = repairs_with({name: value for name, value in suited.items() if name in REPAIR_FIELDS})
+    needed = {
+        setting
+        for name in (changes.get("method", recipe.method), *overriding)
+        for setting in registry.method(name).settings
+    }
+    needed |= {"damping"} if any(repair.needs_gram for repair in repairs) else set()
+    unused = {name: default for name, default in registry.LAYER_SETTINGS.items() if name not in needed}
+    repairing = any(name in changes for name in REPAIR_FIELDS)
+    return {
+        **(unused if repairing or "method" in changes else {}),
+        **(unused_values(repairs) if repairing else {}),
+        **suited,
+    }

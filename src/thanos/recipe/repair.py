@@ -35,7 +35,7 @@ SEGMENT = 256
 PROMPT = 32
 """Default number of tokens of the calibration text with which such a generated piece begins."""
 
-WITHOUT_GENERATED = {"generate": 0, "segment": SEGMENT, "prompt": PROMPT}
+WITHOUT_GENERATED: dict[str, Any] = {"generate": 0, "segment": SEGMENT, "prompt": PROMPT, "prompts": None}
 """The settings of a recipe that describe generated sequences, with their values where there are none."""
 
 TUNE_RATE = 8e-3

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from thanos.errors import RecipeError
 from thanos.recipe.checks import check_settings
-from thanos.recipe.repair import WITHOUT_GENERATED
+from thanos.recipe.repair import PROMPT, WITHOUT_GENERATED
 from thanos.system.suggestions import near_dtype
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def check_run_fields(recipe: Recipe) -> None:
             several = isinstance(getattr(recipe, name), list | tuple) and name == "calibration"
             hint = "; separate several texts by commas in one string" if several else ""
             raise RecipeError(f"{name} must be a name; got {getattr(recipe, name)!r}{hint}")
+    check_prompts(recipe.prompts, recipe.prompt)
     if recipe.generate and recipe.calibration == "self":
         raise RecipeError(
             f"calibration 'self' has no text of which the model could continue pieces (generate is {recipe.generate}); raise "
@@ -60,3 +61,15 @@ def check_run_fields(recipe: Recipe) -> None:
             raise RecipeError(f"{name} must be a list of globs over layer names; got {value!r}")
     if recipe.measure_error is not None and not isinstance(recipe.measure_error, bool):
         raise RecipeError(f"measure_error must be true, false or left out; got {recipe.measure_error!r}")
+
+
+def check_prompts(prompts: object, prompt: int) -> None:
+    """Raise RecipeError if ``prompts`` is no name of files, or if ``prompt``, which they replace, is given too."""
+    if prompts is None:
+        return
+    if not isinstance(prompts, str) or not prompts:
+        raise RecipeError(f"prompts must be the name of a text file, or left out; got {prompts!r}")
+    if prompt != PROMPT:
+        raise RecipeError(
+            f"prompt {prompt} has no meaning with prompts ({prompts}), which are used whole; leave one of them out"
+        )

@@ -15,7 +15,7 @@ from thanos.recipe.repair import REPAIR_FIELDS, unused_values
 
 ADDED = (
     *("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate", "tune_loss"),
-    *("output_dtype", "generate", "segment", "prompt"),
+    *("output_dtype", "generate", "segment", "prompt", "prompts"),
 )
 """Settings that came after the first version. They are written only where they differ from their defaults."""
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from thanos.calibration.continued import generate_sequences
 from thanos.calibration.generation import Part
+from thanos.calibration.prompts import check_prompt_ids, read_prompt_ids
 from thanos.events import Event
+from thanos.model.loading import end_of_text_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from thanos.calibration.windows import Calibration
     from thanos.engine.distributed import World
+    from thanos.model.opening import OpenedModel
+    from thanos.recovery.recipe import RecoveryRecipe
     from thanos.recovery.states import RecoveryFolder
 
 
@@ -31,6 +36,7 @@ def kept_sequences(
     *,
     segment: int,
     prompt: int,
+    prompts: Sequence[Sequence[int]] = (),
     resume: bool,
 ) -> Tensor:
     """Return the sequences of :func:`~thanos.calibration.continued.generate_sequences`.
@@ -62,8 +68,41 @@ def kept_sequences(
         work.keep_part(part)
         world.from_first(lambda: None)
 
-    made = generate_sequences(
-        model, ids, bos, count, seed, end, emit, segment=segment, prompt=prompt, done=done, keep=keep
-    )
+    how: dict[str, Any] = {"segment": segment, "prompt": prompt, "prompts": prompts}
+    made = generate_sequences(model, ids, bos, count, seed, end, emit, **how, done=done, keep=keep)
     work.keep_generated(made)
     return world.from_first(lambda: made)
+
+
+def generated_text(
+    dense: OpenedModel,
+    calibration: Calibration,
+    recipe: RecoveryRecipe,
+    emit: Callable[[Event], None],
+    work: RecoveryFolder,
+    world: World,
+    *,
+    resume: bool,
+) -> Tensor:
+    """Return the sequences that the dense model generates for a recipe, or has generated before an interruption.
+
+    Args:
+        dense: the dense model, loaded.
+        calibration: windows of the text. No piece of the held-out ones is continued.
+        recipe: the recipe.
+        emit: function that is called with events.
+        work: the work folder.
+        world: the processes.
+        resume: whether an interrupted run goes on.
+
+    Returns:
+        Token ids, (generate + generated_held_out, T) int64, on the CPU.
+    """
+    model: Any = dense.meta_model
+    tokenizer, bos = dense.source.tokenizer(), calibration.bos_ids
+    text, end = calibration.ids[: recipe.trained], end_of_text_id(tokenizer, dense.source.config())
+    prompts = [] if world.rank else read_prompt_ids(recipe, tokenizer, text.shape[1] - len(bos), emit)
+    check_prompt_ids(prompts, model)
+    count = recipe.generate + recipe.generated_held_out
+    how: dict[str, Any] = {"segment": recipe.segment, "prompt": recipe.prompt, "prompts": prompts, "resume": resume}
+    return kept_sequences(model, text, bos, count, recipe.seed, end, emit, work, world, **how)

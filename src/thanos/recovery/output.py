@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from thanos._version import __version__
+from thanos.calibration.text import text_sha256
 from thanos.calibration.windows import Calibration
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.recovery.guard import HELD_OUT, Guard
@@ -17,7 +18,7 @@ from thanos.recovery.recipe import RecoveryRecipe
 from thanos.recovery.report import RecoveryReport
 from thanos.recovery.states import RecoveryFolder
 from thanos.run.auxiliary_files import copy_auxiliary_files
-from thanos.run.model_card import public_name
+from thanos.run.names import public_name
 from thanos.system.meter import PhaseMeter
 
 
@@ -81,6 +82,8 @@ def make_report(result: Trained, device: torch.device, meter: PhaseMeter, zeros:
 
     pruned, recipe, guard, phases = result.pair.pruned, result.recipe, result.guard, meter.records()
     early = [f"{result.ended}: the training ended early"] if result.ended else []
+    texts = {"calibration": recipe.calibration} | ({"prompts": recipe.prompts} if recipe.prompts else {})
+    hashes = {"prompts_sha256": text_sha256(recipe.prompts)} if recipe.prompts else {}
     return RecoveryReport(
         thanos_version=__version__,
         model={
@@ -89,8 +92,8 @@ def make_report(result: Trained, device: torch.device, meter: PhaseMeter, zeros:
             "parameters": sum(info.numel for info in pruned.checkpoint.tensors.values()),
         },
         dense=public_name(result.pair.dense.source.name),
-        recipe=recipe.to_dict() | {"calibration": public_name(recipe.calibration)},
-        calibration=result.calibration.to_dict() | {"source": public_name(result.calibration.source)},
+        recipe=recipe.to_dict() | {name: public_name(value) for name, value in texts.items()},
+        calibration=result.calibration.to_dict() | {"source": public_name(result.calibration.source)} | hashes,
         sequences={
             "trained": recipe.rows,
             "held_out": recipe.samples - recipe.trained + recipe.generated_held_out,

@@ -12,6 +12,7 @@ from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 from thanos.recipe.checks import check_settings
 from thanos.recipe.repair import SEGMENT, WITHOUT_GENERATED
+from thanos.recipe.run_fields import check_prompts
 from thanos.recovery.rate import rate_for
 from thanos.settings import Heading, either, setting
 from thanos.system.suggestions import near
@@ -58,6 +59,7 @@ class RecoveryRecipe:
         segment: tokens of a segment (``vary``) and of a generated piece, or those of a sequence if they are fewer.
         prompt: tokens of the text with which a generated piece begins, at most half a piece. With 0 it begins with BOS, or with
             end-of-text if the tokenizer adds no BOS.
+        prompts: local files of prompts with which the pieces begin instead; see :mod:`thanos.calibration.prompts`.
         batch: number of sequences in a step, over all processes.
         micro_batch: number of sequences that a process runs at once; the gradients of several runs are summed. None: on CUDA
             the process's whole part of the batch, on a CPU one. It changes the result only by rounding errors.
@@ -113,6 +115,7 @@ class RecoveryRecipe:
         lowest=2,
     )
     prompt: int = _as_prune("prompt")
+    prompts: str | None = _as_prune("prompts")
     batch: int = setting(4, "Sequences in a step, over all processes", Heading.RECOVERY, "N", lowest=1)
     micro_batch: int | None = setting(
         None,
@@ -155,7 +158,12 @@ class RecoveryRecipe:
             raise RecipeError(
                 f"generate {self.generate} is not a multiple of batch {self.batch}; give a multiple of {self.batch}"
             )
-        for name, used in (("segment", self.vary or self.generate), ("prompt", self.generate)):
+        check_prompts(self.prompts, self.prompt)
+        for name, used in (
+            ("segment", self.vary or self.generate),
+            ("prompt", self.generate),
+            ("prompts", self.generate),
+        ):
             if not used and getattr(self, name) != WITHOUT_GENERATED[name]:
                 wanted = "vary, or generate above 0" if name == "segment" else "generate above 0"
                 raise RecipeError(

@@ -10,7 +10,8 @@ from typing import Any
 
 from thanos.engine.records import LayerRecord
 from thanos.errors import ModelError
-from thanos.run.model_card import model_card, recovery_sentence
+from thanos.run.model_card import model_card
+from thanos.run.recovery_card import recovery_sentence
 from thanos.run.report import PruningReport
 from thanos.system.documents import Document
 from thanos.system.meter import PhaseRecord

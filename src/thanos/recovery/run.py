@@ -7,25 +7,25 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from thanos.calibration.making import make_calibration
 from thanos.calibration.text import check_text_exists
+from thanos.calibration.text_files import text_paths
 from thanos.calibration.windows import Calibration, check_is_calibration
 from thanos.checkpoint.writer import check_room
 from thanos.engine.distributed import World
 from thanos.engine.joining import join, my_device
 from thanos.errors import resource_errors
 from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
-from thanos.model.loading import check_token_ids, end_of_text_id
-from thanos.model.opening import OpenedModel
+from thanos.model.loading import check_token_ids
 from thanos.model.source import ModelSource, find_local
 from thanos.recovery.compiling import check_compile, check_compiles, compiled_if_wanted
 from thanos.recovery.distance import Distillation
-from thanos.recovery.generated import kept_sequences
+from thanos.recovery.generated import generated_text
 from thanos.recovery.guard import Guard
 from thanos.recovery.output import Trained, make_report, write_model
 from thanos.recovery.pair import Pair, load, masks_of, named_damage, open_pair, resolve_pair, trainable
@@ -49,7 +49,7 @@ from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter
 from thanos.system.ranks import is_main_process
-from thanos.system.user_paths import model_name, output_path
+from thanos.system.user_paths import model_name, output_path, without_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,9 @@ def _recover(
                 work.start(now)
                 work.steps.mkdir()
             stack.enter_context(closing(emit))
-            emit.log_to(work.model / LOG_NAME)
+            local = [str(work.out), *(each.name for each in (source, parent) if each.is_local)]
+            local += [path for text in (recipe.calibration, recipe.prompts or "") for path in text_paths(text)]
+            emit.log_to(work.model / LOG_NAME, lambda line: without_folders(line, local))
             for note in notes:
                 emit(Event(kind="note", phase="load", message=note))
         guard, ended = _train(pair, calibration, job, notes)
@@ -253,7 +255,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) ->
     ids, first = calibration.ids, recipe.trained
     if recipe.generate:
         with job.meter.phase("generate"), named_damage(pair):
-            generated = _generated(pair.dense, calibration, job)
+            generated = generated_text(pair.dense, calibration, recipe, job.emit, work, job.world, resume=job.resume)
         trained, held_out = generated.split([recipe.generate, recipe.generated_held_out])
         ids, first = torch.cat([ids[:first], trained, ids[first:], held_out]), recipe.rows
     guard = Guard(ids, first, dtypes, size, job.device, job.world, _writer(pair, job), history)
@@ -276,15 +278,6 @@ def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) ->
             )
         )
     return guard, ended
-
-
-def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tensor:
-    """Return the sequences that the dense model generates, or has generated before an interruption."""
-    recipe, end = job.recipe, end_of_text_id(dense.source.tokenizer(), dense.source.config())
-    text, bos, model = calibration.ids[: recipe.trained], calibration.bos_ids, cast(Any, dense.meta_model)
-    count = recipe.generate + recipe.generated_held_out
-    arguments = (model, text, bos, count, recipe.seed, end, job.emit, job.work, job.world)
-    return kept_sequences(*arguments, segment=recipe.segment, prompt=recipe.prompt, resume=job.resume)
 
 
 def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterable[tuple[str, Tensor]]], None] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from thanos.calibration.prompts import check_prompts
 from thanos.calibration.text import check_text_source
 from thanos.calibration.windows import Calibration, check_positions
 from thanos.errors import ModelError, RecipeError
@@ -80,3 +81,4 @@ def check_text(recipe: RecoveryRecipe, parent: ModelSource, given: Calibration |
         check_positions(recipe.sequence_length, context_length(config))
         end_of_text_id(parent.tokenizer(), config)
         check_text_source(recipe.calibration, tokenizer=parent.tokenizer)
+    check_prompts(recipe, recipe.sequence_length, parent)

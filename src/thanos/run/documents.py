@@ -20,7 +20,8 @@ from thanos.engine.loop import Engine
 from thanos.events import RUN_NAME
 from thanos.model.stated import stated_facts
 from thanos.recipe import Recipe
-from thanos.run.model_card import model_card, public_name
+from thanos.run.model_card import model_card
+from thanos.run.names import public_name
 from thanos.run.report import PruningReport, compute_totals
 from thanos.run.resume import TEXT_HASH, completed_run
 from thanos.run.setup import Prepared
@@ -50,27 +51,35 @@ def write_documents(
     """
     completed = completed_run(run, recipe, folder)
     text_sha256 = completed["text"].get(TEXT_HASH)
-    published = recipe.replace(calibration=public_name(recipe.calibration))
+    published = public_recipe(recipe)
     report = make_report(plan, engine, calibration, published, text_sha256)
     if cut is not None:
         report.cut.update(cut | ({} if allocation is None else {"split": dict(allocation)}))
     elif allocation is not None:
         report.execution["allocation"] = dict(allocation)
     report.write(folder / "pruning.json")
-    (folder / "recipe.toml").write_text(_recipe_text(published, text_sha256), encoding="utf-8")
+    (folder / "recipe.toml").write_text(
+        _recipe_text(published, text_sha256, calibration.prompts_sha256), encoding="utf-8"
+    )
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     (folder / RUN_NAME).write_text(json.dumps(completed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 
 
-def _recipe_text(recipe: Recipe, text_sha256: str | None) -> str:
-    """Return a recipe as TOML. For a local text, a comment says what the text is and how to give its path."""
-    if text_sha256 is None:
-        return recipe.to_toml()
-    return (
-        f"# The calibration text is local; the SHA-256 of its content is {text_sha256}.\n"
-        f"# Give its path: thanos prune MODEL OUT --recipe recipe.toml --calibration PATH\n{recipe.to_toml()}"
-    )
+def public_recipe(recipe: Recipe) -> Recipe:
+    """Return a recipe without local folders."""
+    prompts = None if recipe.prompts is None else public_name(recipe.prompts)
+    return recipe.replace(calibration=public_name(recipe.calibration), prompts=prompts)
+
+
+def _recipe_text(recipe: Recipe, text_sha256: str | None, prompts_sha256: str | None) -> str:
+    """Return a recipe as TOML. For local texts, a comment says what they are and how to give their paths."""
+    found = {"calibration text": ("calibration", text_sha256), "text of the prompts": ("prompts", prompts_sha256)}
+    local = {what: (option, sha256) for what, (option, sha256) in found.items() if sha256 is not None}
+    facts = [f"# The {what} is local; the SHA-256 of its content is {sha256}.\n" for what, (_, sha256) in local.items()]
+    options = "".join(f" --{option} PATH" for option, _ in local.values())
+    give = f"# Give {'its path' if len(local) == 1 else 'their paths'}: thanos prune MODEL OUT --recipe recipe.toml{options}\n"
+    return "".join([*facts, *([give] if local else []), recipe.to_toml()])
 
 
 def make_report(

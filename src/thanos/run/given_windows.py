@@ -53,7 +53,7 @@ def given_windows(
         bos = added_bos(tokenizer) if tokenizer is not None else (named,) if isinstance(named, int) else ()
         windows = Calibration(ids, GIVEN_TOKENS, "given", recipe.seed, len(ids), bos if all_begin(ids, bos) else ())
         with _evaluating(model):
-            return generate_more(windows, model, recipe, 0, emit), recipe
+            return generate_more(windows, model, recipe, 0, emit, tokenizer), recipe
     texts = isinstance(given, list | tuple) and bool(given) and all(isinstance(text, str) for text in given)
     if not texts and not isinstance(given, str):
         raise DataError(
@@ -78,7 +78,7 @@ def given_windows(
             model=model,
             on_event=emit,
         )
-        windows = generate_more(windows, model, recipe, end_of_text_id(tokenizer, model.config), emit)
+        windows = generate_more(windows, model, recipe, end_of_text_id(tokenizer, model.config), emit, tokenizer)
     recipe = recipe.replace(calibration=GIVEN_TEXTS if texts else given)
     return replace(windows, source=recipe.calibration), recipe
 

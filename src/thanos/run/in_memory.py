@@ -29,10 +29,9 @@ from thanos.model.opening import OpenedModel
 from thanos.model.source import ModelSource
 from thanos.recipe import Recipe
 from thanos.run.allocation import choose_sparsities
-from thanos.run.documents import make_report
+from thanos.run.documents import make_report, public_recipe
 from thanos.run.engine_setup import build_engine
 from thanos.run.given_windows import given_windows
-from thanos.run.model_card import public_name
 from thanos.run.report import PruningReport
 from thanos.run.setup import Prepared, checked_recipe, prepare_opened, smaller_calibration
 from thanos.run.survey import name_damage
@@ -137,8 +136,7 @@ def _run(
     except NumericsError:
         name_damage(plan.opened, block)
         raise
-    published = recipe.replace(calibration=public_name(recipe.calibration))
-    report = make_report(plan, engine, calibration, published, text_hash)
+    report = make_report(plan, engine, calibration, public_recipe(recipe), text_hash)
     if allocation is not None:
         report.execution["allocation"] = dict(allocation)
     return report

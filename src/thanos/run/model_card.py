@@ -7,20 +7,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from thanos import registry
-from thanos.calibration.text_files import SUFFIXES, Part, split_source
 from thanos.engine.layer_warnings import warning_lines
 from thanos.engine.records import LayerRecord
 from thanos.engine.tuning_record import tuning_line
 from thanos.errors import RecipeError
 from thanos.run.cut_words import cut_rows, cut_words
+from thanos.run.names import public_name
+from thanos.run.recovery_card import recovery_sentence
 from thanos.run.report import PruningReport
 
-_FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
-"""Endings of local files that a user may give as model or calibration text."""
 _LICENCE = ("license", "license_name", "license_link")
 _WORDS_OF_YAML = ("y", "yes", "n", "no", "true", "false", "on", "off", "null")
 _WORST = 5
@@ -49,7 +47,9 @@ def model_card(report: PruningReport) -> str:
     """Return the text of ``README.md`` for the output folder."""
     name = public_name(str(report.model["name"]))
     trained = "" if report.tuning or report.recovery else ", without retraining"
-    local = report.calibration.get("text_sha256") is not None  # the recipe has only the name of a local text
+    # The recipe has only the names of local texts.
+    paths = " --calibration PATH" if report.calibration.get("text_sha256") is not None else ""
+    paths += " --prompts PATH" if report.recipe.get("prompts") else ""
     sections = [
         _front_matter(report),
         f"# {name}, pruned",
@@ -63,7 +63,7 @@ def model_card(report: PruningReport) -> str:
         _size(report),
         "## How it was made",
         _recipe_table(report),
-        f"Run it again with `thanos prune {name} OUT --recipe recipe.toml{' --calibration PATH' if local else ''}`. Everything "
+        f"Run it again with `thanos prune {name} OUT --recipe recipe.toml{paths}`. Everything "
         "that was measured is in `pruning.json`.",
         *(["## Recovery", recovery_sentence(report.recovery)] if report.recovery else []),
         *(["## Layers with the largest error", _worst_table(report.layers)] if report.layers_lose else []),
@@ -86,44 +86,6 @@ def _size(report: PruningReport) -> str:
             "model. `pruning.json` lists the removed parts (`cut`, and `removed_units` of the layers)."
         )
     return PLAIN_ZEROS
-
-
-def public_name(name: str) -> str:
-    """Return a name without local folders: a hub name unchanged, and only the last part of a local path.
-
-    In a list of texts, each one is shortened in this way.
-    """
-    parts = split_source(name)
-    if parts != [Part(name)]:
-        return ",".join(str(Part(public_name(part.path), part.column)) for part in parts)
-    path = PurePath(name)
-    # Only known endings count, not any suffix: Qwen/Qwen2.5-0.5B is a hub name, not a file ".5B".
-    is_path = path.is_absolute() or name.startswith((".", "~")) or name.lower().endswith(_FILES)
-    if not is_path and len(path.parts) <= 2:
-        return name
-    return path.name if path.name not in ("", "..") else "a local model"
-
-
-def recovery_sentence(recovery: Mapping[str, Any]) -> str:
-    """Return the sentences about a recovery, from the values of ``recovery.json``."""
-    before, after = recovery["held_out_before"], recovery["held_out_after"]
-    text, sequences = recovery["calibration"], recovery["sequences"]
-    rate = recovery.get("rate") or recovery["recipe"]["rate"]
-    what = (
-        "surviving weights were trained with the zeros fixed" if recovery["masked_layers"] else "weights were trained"
-    )
-    how = (
-        f"After pruning, the {what}, to reproduce the next-token distributions of "
-        f"{public_name(str(recovery['dense']))} on {sequences['trained']} × {text['sequence_length']} tokens of "
-        f"{public_name(str(text['source']))} (epochs: {recovery['recipe']['epochs']}, rate {rate:g})"
-    )
-    held_out = f"{sequences['held_out']} × {text['sequence_length']} held-out tokens"
-    if not recovery["best_step"]:
-        return (
-            f"{how}. No epoch was better on {held_out} (KL divergence {before:.4f} nats a token), so the weights are "
-            "unchanged."
-        )
-    return f"{how}. On {held_out} the KL divergence fell from {before:.4f} to {after:.4f} nats a token."
 
 
 def _front_matter(report: PruningReport) -> str:
@@ -203,7 +165,7 @@ def _recipe_table(report: PruningReport) -> str:
             (
                 "calibration",
                 f"{source}: {calibration['samples']} × {calibration['sequence_length']} tokens, {calibration['rule']}, "
-                f"{_continued(calibration)}seed {recipe['seed']}{_begun(calibration)}",
+                f"{_continued(calibration, recipe)}seed {recipe['seed']}{_begun(calibration)}",
             ),
             ("hash of the calibration tokens", f"`{calibration['sha256']}`"),
             *([("hash of the calibration text", f"`{text}`")] if (text := calibration.get("text_sha256")) else []),
@@ -213,10 +175,11 @@ def _recipe_table(report: PruningReport) -> str:
     )
 
 
-def _continued(calibration: Mapping[str, Any]) -> str:
+def _continued(calibration: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """Return words for the sequences that the dense model generated; empty if there are none."""
     count = calibration.get("generated", 0)
-    return f"{count} more in which the dense model continues pieces of them, " if count else ""
+    begun = f"the prompts of {recipe['prompts']}" if recipe.get("prompts") else "pieces of them"
+    return f"{count} more in which the dense model continues {begun}, " if count else ""
 
 
 def _begun(calibration: dict[str, Any]) -> str:

@@ -234,9 +234,8 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
             work.start(run, calibration)
         with closing(emit):
             local = [str(work.out), *([source.name] if source.is_local else [])]
-            emit.log_to(
-                work.model / LOG_NAME, lambda line: without_folders(line, [*local, *text_paths(recipe.calibration)])
-            )
+            local += [path for text in (recipe.calibration, recipe.prompts or "") for path in text_paths(text)]
+            emit.log_to(work.model / LOG_NAME, lambda line: without_folders(line, local))
             for note in notes:
                 emit(Event(kind="note", phase="load", message=note))
             report = _run(plan, job, calibration, notes)

@@ -19,7 +19,7 @@ from thanos.engine.records import BlockRecord
 from thanos.errors import UserError
 from thanos.events import RUN_NAME, Event
 from thanos.run.journal import Journal, comes_after, current
-from thanos.run.model_card import public_name
+from thanos.run.names import public_name
 from thanos.system.meter import PhaseMeter
 
 if TYPE_CHECKING:
@@ -54,8 +54,14 @@ def describe_run(recipe: Recipe, source: ModelSource, device: torch.device) -> d
 
 
 def describe(recipe: dict[str, Any], model: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return the description that identifies a run with this recipe, on files described by :func:`describe_model`."""
+    """Return the description that identifies a run with this recipe, on files described by :func:`describe_model`.
+
+    Files of prompts are identified by their names and the start of their hash.
+    """
     import transformers
+
+    if prompts := recipe.get("prompts"):
+        recipe = recipe | {"prompts": f"{public_name(prompts)} (SHA-256 {(text_sha256(prompts) or 'unknown')[:16]})"}
 
     return {
         "schema": SCHEMA,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from thanos._version import __version__
+from thanos.calibration.prompts import check_prompts
 from thanos.calibration.text import check_text_source
 from thanos.calibration.windows import Calibration, check_positions
 from thanos.checkpoint.writer import check_bytes, check_room
@@ -242,6 +243,7 @@ def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSo
         held_out_of(given.samples, recipe.held_out)
     if given is None:
         check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
+        check_prompts(recipe, recipe.sequence_length, source)
 
 
 def smaller_calibration(recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from thanos.errors import RecipeError, StudyError
 from thanos.model.bos import BOS_CHOICES
 from thanos.recipe import LayerRecipe, Recipe
-from thanos.run.model_card import public_name as public
+from thanos.run.names import public_name as public
 from thanos.settings import settings_of, value_types
 from thanos.study.grid import DENSE, Cell, EvaluationPlan, Study, ZeroShotPlan, product
 from thanos.system.suggestions import near, near_whole

@@ -20,7 +20,7 @@ from thanos.recipe.layer import checked
 from thanos.recipe.repair import REPAIR_FIELDS, Repair, resolved
 from thanos.recipe.units import HEAD_UNITS, default_multiple
 from thanos.registry import EffortRow, parse_pattern
-from thanos.run.model_card import public_name as public
+from thanos.run.names import public_name as public
 
 DENSE = "dense"
 

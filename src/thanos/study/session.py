@@ -30,7 +30,7 @@ from thanos.model.loading import load_model
 from thanos.model.opening import meta_model_of
 from thanos.model.source import resolve_model
 from thanos.recipe import Recipe
-from thanos.run.model_card import public_name as public
+from thanos.run.names import public_name as public
 from thanos.run.prune import prune
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer

@@ -1,0 +1,244 @@
+"""Generated pieces that begin with the user's prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import thanos
+from recovering import prune, settings
+from thanos.calibration import continued
+from thanos.calibration.continued import generate_sequences
+from thanos.calibration.generation import Part
+from thanos.calibration.making import make_calibration
+from thanos.calibration.prompts import read_prompts
+from thanos.errors import DataError, UserError
+from thanos.events import LOG_NAME
+from thanos.model.source import resolve_model
+from thanos.recovery.generated import generated_text
+from thanos.run.resume import check_same_run
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+TEMPLATE = CHAT + "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """A file of four prompts of different lengths, with several kinds of blank lines between them."""
+    path = tmp_path / "private" / "prompts.txt"
+    path.parent.mkdir()
+    path.write_text("\n\na b\n\n \t\nc\nd  e\n\n\nf\r\n\r\ng h a b c\n\n")
+    return path
+
+
+def test_prompts_of_a_text_file_are_separated_by_blank_lines(prompts: Path) -> None:
+    assert read_prompts(str(prompts), None, print) == ["a b", "c\nd  e", "f", "g h a b c"]
+
+
+def test_each_row_of_another_file_is_a_prompt(tiny_llama: Path, tmp_path: Path) -> None:
+    """A chat ends with the header of the reply that the model is to write."""
+    tokenizer, notes = AutoTokenizer.from_pretrained(tiny_llama), list[str]()
+    tokenizer.chat_template = TEMPLATE
+    rows, chats = tmp_path / "rows.jsonl", tmp_path / "chats.jsonl"
+    texts = [{"text": "one\n\ntwo"}, {"text": ""}, {"text": "half \ud800"}]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}) + "\n")
+    assert read_prompts(str(rows), None, notes.append) == ["one\n\ntwo", "half \ufffd"]
+    assert "U+FFFD replaces it" in notes[0]
+    assert read_prompts(str(chats), tokenizer, print) == ["<user>Hello</><assistant>"]
+    both = read_prompts(f"{rows},{chats}", tokenizer, notes.append)
+    assert both == ["one\n\ntwo", "half \ufffd", "<user>Hello</><assistant>"]
+    with pytest.raises(DataError, match="has no chat template"):
+        read_prompts(str(chats), None, print)
+
+
+@pytest.mark.parametrize("bos", [(), (1,), (1, 3)])
+def test_each_piece_is_a_whole_prompt_and_its_greedy_continuation(bos: tuple[int, ...], tiny_llama: Path) -> None:
+    """With logits so far apart that sampling has no choice. Padding must change nothing."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    end = model.generation_config.eos_token_id
+    prompts = [[11, 12], [21, 22, 23, 24, 25], [31]]
+    text = torch.zeros(1, len(bos) + 40, dtype=torch.int64)
+    made = generate_sequences(model, text, bos, 5, 0, 0, lambda event: None, segment=16, prompts=prompts)
+    assert made.shape == (5, len(bos) + 40)
+    assert (made[:, : len(bos)] == torch.tensor(bos)).all()
+    stream, used, wanted = made[:, len(bos) :].flatten().tolist(), Counter[int](), list[int]()
+    while len(wanted) < len(stream):
+        [number] = [i for i, prompt in enumerate(prompts) if stream[len(wanted) :][: len(prompt)] == prompt[:200]]
+        used[number] += 1
+        ids = torch.tensor([[*bos, *prompts[number]]])
+        for _ in range(16 - 5):  # as many new tokens as for the longest prompt
+            logits = model(input_ids=ids).logits[0, -1]
+            if end is not None:
+                logits[end] = -torch.inf
+            ids = torch.cat([ids, logits.argmax()[None, None]], 1)
+        wanted += ids[0, len(bos) :].tolist()
+    assert stream == wanted[: len(stream)]
+    assert max(used.values()) - min(used.values()) <= 1, "all prompts are used equally often"
+
+
+def test_parts_of_continued_prompts_are_not_generated_again(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(continued.PIECES, "cpu", 3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    text, parts = torch.zeros(1, 40, dtype=torch.int64), list[Part]()
+    how: dict[str, Any] = {"segment": 20, "prompts": [[5, 6, 7], [8]]}
+    whole = generate_sequences(model, text, (), 4, 7, 0, lambda event: None, keep=parts.append, **how)
+    assert [len(part.ids) for part in parts] == [3, 3, 3]
+    again = generate_sequences(model, text, (), 4, 7, 0, lambda event: None, done=parts[:2], **how)
+    assert torch.equal(again, whole)
+    other = generate_sequences(model, text, (), 4, 8, 0, lambda event: None, **how)
+    assert not torch.equal(other, whole)
+
+
+def test_a_pruning_with_prompts(prompts: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = thanos.Recipe(
+        samples=4, sequence_length=32, calibration=str(text_file), device="cpu", generate=3, prompts=str(prompts)
+    )
+    out = tmp_path / "out"
+    report = thanos.prune(tiny_llama, out, recipe)
+    source = resolve_model(tiny_llama)
+    plain = make_calibration(
+        source, dataclasses.replace(recipe, generate=0, prompts=None), torch.device("cpu"), lambda event: None
+    )
+    tokenizer, bos = source.tokenizer(), plain.bos_ids
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a b", "c\nd  e", "f", "g h a b c")]
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    end = model.generation_config.eos_token_id
+    new = generate_sequences(model, plain.ids, bos, 3, 0, end, lambda event: None, segment=256, prompts=ids)
+    wanted = dataclasses.replace(plain, ids=torch.cat([new, plain.ids]), generated=3)
+    assert report.calibration["sha256"] == wanted.sha256
+    sha256 = hashlib.sha256(prompts.read_bytes()).hexdigest()
+    assert report.calibration["prompts_sha256"] == sha256
+    assert report.recipe["prompts"] == "prompts.txt"
+    assert "continues the prompts of prompts.txt" in (out / "README.md").read_text()
+    assert "--calibration PATH --prompts PATH`" in (out / "README.md").read_text()
+    toml = (out / "recipe.toml").read_text()
+    assert f"# The text of the prompts is local; the SHA-256 of its content is {sha256}.\n" in toml
+    assert "recipe.toml --calibration PATH --prompts PATH\n" in toml
+    for path in out.iterdir():
+        assert b"private" not in path.read_bytes(), path.name
+
+
+def test_other_prompts_are_another_run(prompts: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    pruned, out = prune(tiny_llama, tmp_path / "pruned", text_file), tmp_path / "out2"
+    recipe = settings(text_file, generate=8, epochs=1, prompts=str(prompts))
+
+    def stop(event: thanos.Event) -> None:
+        if event.phase == "train":
+            raise KeyboardInterrupt
+
+    def go(**how: Any) -> thanos.RecoveryReport:
+        return thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, **how)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(on_event=stop)
+    kept, changed = prompts.read_bytes(), "e d c\n"
+    prompts.write_text(changed)
+    with pytest.raises(UserError, match=r"prompts prompts\.txt \(SHA-256 \w{16}\) → prompts\.txt \(SHA-256"):
+        go(resume=True)
+    prompts.write_bytes(kept)
+    report = go(resume=True)
+    assert report.sequences == {"trained": 16, "held_out": 3}
+    assert report.recipe["prompts"] == "prompts.txt"
+    assert report.calibration["prompts_sha256"] == hashlib.sha256(prompts.read_bytes()).hexdigest()
+    assert (
+        "8 of the sequences written by the dense model as continuations of prompts of prompts.txt"
+        in (out / "README.md").read_text()
+    )
+    assert "private" not in (out / LOG_NAME).read_text() + (out / "recovery.json").read_text()
+    assert go(resume=True).history == report.history, "a complete run has nothing to do"
+    prompts.write_text(changed)
+    with pytest.raises(UserError, match=r"another run made it: prompts prompts\.txt"):
+        go(resume=True)
+
+
+def test_the_pieces_of_a_recovery_begin_with_the_prompts(
+    prompts: Path, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from thanos.recovery import run
+
+    made: list[torch.Tensor] = []
+
+    def recorded(*arguments: Any, **how: Any) -> torch.Tensor:
+        made.append(generated_text(*arguments, **how))
+        return made[-1]
+
+    monkeypatch.setattr(run, "generated_text", recorded)
+    pruned = prune(tiny_llama, tmp_path / "pruned", text_file)
+    prompts.write_text("a b")
+    recipe = settings(text_file, generate=8, epochs=1, prompts=str(prompts))
+    thanos.recover(pruned, tmp_path / "out2", dense=tiny_llama, recipe=recipe)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    bos = len(tokenizer("a b")["input_ids"]) - len(tokenizer("a b", add_special_tokens=False)["input_ids"])
+    begun = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    assert made[0].shape == (9, 32)
+    assert (made[0][:, bos:][:, : len(begun)] == torch.tensor(begun)).all(), "a piece is a whole sequence here"
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "why"),
+    [
+        (None, {}, r"text file .*prompts\.txt does not exist"),
+        ("\n \n\n", {}, r"contain no prompt; write at least one, separated by blank lines"),
+        (
+            "a b c d e f g h a b c d\n\nx",
+            {"segment": 12},
+            r"prompt 1 of .* has \d+ tokens, but half of a generated piece is 6; shorten it, or raise --segment",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["prune", "recover"])
+def test_refused_prompts(
+    command: str,
+    content: str | None,
+    changes: dict[str, Any],
+    why: str,
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    path, out = tmp_path / "prompts.txt", tmp_path / "out2"
+    if content is not None:
+        path.write_text(content)
+    pruned = prune(tiny_llama, tmp_path / "pruned", text_file) if command == "recover" else None
+
+    def run() -> None:
+        if pruned is not None:
+            recipe = settings(text_file, generate=8, vary=True, prompts=str(path), **changes)
+            thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe)
+        else:
+            values: dict[str, Any] = {"samples": 4, "sequence_length": 32, "calibration": str(text_file)}
+            thanos.prune(
+                tiny_llama, out, thanos.Recipe(**values, **changes, generate=4, prompts=str(path), device="cpu")
+            )
+
+    with pytest.raises(DataError, match=why):
+        run()
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(
+        [*(["prompts.txt"] if content is not None else []), *(["pruned"] if pruned is not None else [])]
+    )
+
+
+def test_token_ids_in_memory_need_a_tokenizer_for_prompts(prompts: Path, tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ids, recipe = torch.randint(3, 200, (4, 32)), thanos.Recipe(generate=2, prompts=str(prompts), device="cpu")
+    with pytest.raises(DataError, match="prompts need the model's tokenizer"):
+        thanos.prune_model(model, ids, recipe=recipe)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    report = thanos.prune_model(model, ids, recipe=recipe, tokenizer=tokenizer)
+    assert report.calibration["generated"] == 2
+    assert report.recipe["prompts"] == "prompts.txt"
+
+
+def test_a_run_without_prompts_can_be_resumed_by_a_version_that_knows_them() -> None:
+    assert check_same_run({"recipe": {"seed": 0}}, {"recipe": {"seed": 0, "prompts": None}, "machine": {}}) == []
