@@ -19,7 +19,7 @@ from thanos.calibration import continued
 from thanos.calibration.continued import generate_sequences
 from thanos.calibration.generation import Part
 from thanos.calibration.making import make_calibration
-from thanos.calibration.prompts import read_prompts
+from thanos.calibration.prompts import prompt_texts
 from thanos.errors import DataError, UserError
 from thanos.events import LOG_NAME
 from thanos.model.source import resolve_model
@@ -40,7 +40,14 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_prompts_of_a_text_file_are_separated_by_blank_lines(prompts: Path) -> None:
-    assert read_prompts(str(prompts), None, print) == ["a b", "c\nd  e", "f", "g h a b c"]
+    assert prompt_texts(str(prompts), None, print) == ["a b", "c\nd  e", "f", "g h a b c"]
+
+
+@pytest.mark.parametrize("text", ["\ufeffa\n\n\r\n b", "  \na\n\n b\n   ", "\r\n\r\na\r\n\r\n b\r\n"])
+def test_what_stands_between_the_prompts_belongs_to_none(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.TXT"
+    path.write_bytes(text.encode())
+    assert prompt_texts(str(path), None, print) == ["a", " b"]
 
 
 def test_each_row_of_another_file_is_a_prompt(tiny_llama: Path, tmp_path: Path) -> None:
@@ -50,14 +57,18 @@ def test_each_row_of_another_file_is_a_prompt(tiny_llama: Path, tmp_path: Path) 
     rows, chats = tmp_path / "rows.jsonl", tmp_path / "chats.jsonl"
     texts = [{"text": "one\n\ntwo"}, {"text": ""}, {"text": "half \ud800"}]
     rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
-    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}) + "\n")
-    assert read_prompts(str(rows), None, notes.append) == ["one\n\ntwo", "half \ufffd"]
+    asked = {"role": "user", "content": "Hello"}
+    answered = [asked, {"role": "assistant", "content": "Yes"}, {"role": "assistant", "content": "?"}]
+    conversations = [[asked], answered, answered[1:]]  # the last one has no question
+    chats.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in conversations))
+    hello = "<user>Hello</><assistant>"
+    assert prompt_texts(str(rows), None, notes.append) == ["one\n\ntwo", "half \ufffd"]
     assert "U+FFFD replaces it" in notes[0]
-    assert read_prompts(str(chats), tokenizer, print) == ["<user>Hello</><assistant>"]
-    both = read_prompts(f"{rows},{chats}", tokenizer, notes.append)
-    assert both == ["one\n\ntwo", "half \ufffd", "<user>Hello</><assistant>"]
+    assert prompt_texts(str(chats), tokenizer, print) == [hello, hello]
+    both = prompt_texts(f"{rows},{chats}", tokenizer, notes.append)
+    assert both == ["one\n\ntwo", "half \ufffd", hello, hello]
     with pytest.raises(DataError, match="has no chat template"):
-        read_prompts(str(chats), None, print)
+        prompt_texts(str(chats), None, print)
 
 
 @pytest.mark.parametrize("bos", [(), (1,), (1, 3)])
@@ -74,7 +85,7 @@ def test_each_piece_is_a_whole_prompt_and_its_greedy_continuation(bos: tuple[int
     assert (made[:, : len(bos)] == torch.tensor(bos)).all()
     stream, used, wanted = made[:, len(bos) :].flatten().tolist(), Counter[int](), list[int]()
     while len(wanted) < len(stream):
-        [number] = [i for i, prompt in enumerate(prompts) if stream[len(wanted) :][: len(prompt)] == prompt[:200]]
+        [number] = [i for i, prompt in enumerate(prompts) if stream[len(wanted) :][: len(prompt)] == prompt]
         used[number] += 1
         ids = torch.tensor([[*bos, *prompts[number]]])
         for _ in range(16 - 5):  # as many new tokens as for the longest prompt
@@ -189,12 +200,13 @@ def test_the_pieces_of_a_recovery_begin_with_the_prompts(
     ("content", "changes", "why"),
     [
         (None, {}, r"text file .*prompts\.txt does not exist"),
-        ("\n \n\n", {}, r"contain no prompt; write at least one, separated by blank lines"),
+        ("\n \n\n", {}, r"contain no prompt; write at least one \(in a \.txt file blank lines separate them\)"),
         (
             "a b c d e f g h a b c d\n\nx",
             {"segment": 12},
             r"prompt 1 of .* has \d+ tokens, but half of a generated piece is 6; shorten it, or raise --segment",
         ),
+        ("x\n\n" + "a b c d e f g h " * 8, {}, r"prompt 2 of .* has \d+ tokens, .* or raise --sequence-length"),
     ],
 )
 @pytest.mark.parametrize("command", ["prune", "recover"])
@@ -242,3 +254,38 @@ def test_token_ids_in_memory_need_a_tokenizer_for_prompts(prompts: Path, tiny_ll
 
 def test_a_run_without_prompts_can_be_resumed_by_a_version_that_knows_them() -> None:
     assert check_same_run({"recipe": {"seed": 0}}, {"recipe": {"seed": 0, "prompts": None}, "machine": {}}) == []
+
+
+@pytest.mark.parametrize("longest", [4, 100])
+def test_the_plan_times_as_many_new_tokens_as_it_counts(
+    longest: int, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It continues one piece for each sequence, by 4 and by 12 tokens more than the longest prompt has."""
+    from thanos.planning import generating
+
+    seen: list[tuple[int, ...]] = []
+
+    def recorded(model: Any, ids: Any, bos: Any, count: int, *more: Any, segment: int, prompt: int) -> None:
+        seen.append((ids.shape[1] - len(bos), segment, prompt, count))
+
+    monkeypatch.setattr(generating, "generate_sequences", recorded)
+    prompts = tmp_path / "prompts.txt"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    words = ["a"]
+    while len(tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]) < longest:
+        words.append("b")
+    prompts.write_text("c\n\n" + " ".join(words))
+    size = len(tokenizer(" ".join(words), add_special_tokens=False)["input_ids"])
+    recipe = thanos.Recipe(
+        samples=2,
+        sequence_length=240,
+        calibration=str(text_file),
+        device="cpu",
+        generate=3,
+        segment=230,
+        prompts=str(prompts),
+    )
+    planned = thanos.plan(tiny_llama, tmp_path / "out", recipe)
+    assert planned.phases["calibration"].seconds >= 0
+    assert [place[:3] for place in seen] == [(2 * size + new, 2 * size + new, size) for new in (4, 12)]
+    assert len({place[3] for place in seen}) == 1

@@ -1,4 +1,4 @@
-"""Sequences that the dense model generates in addition to those of a text, as continuations of pieces of the text.
+"""Sequences that the dense model generates in addition to those of a text: continued pieces of the text, or prompts.
 
 The training of a pruned model overfits to few sequences. The dense model can generate any number of further ones. The target
 of the training is the dense model's output, which exists for any text.

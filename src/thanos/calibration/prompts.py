@@ -22,32 +22,29 @@ if TYPE_CHECKING:
     from thanos.model.source import ModelSource
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+_AT_THE_ENDS = re.compile(r"\A(?:[ \t\r]*\n)+|(?:\n[ \t\r]*)+\Z")
 
 
 def split_prompts(text: str) -> list[str]:
     """Return the prompts of a plain text, which blank lines separate."""
-    return [part.strip("\r\n") for part in _BLANK_LINES.split(text) if part.strip()]
+    parts = (_AT_THE_ENDS.sub("", part).rstrip("\r\n") for part in _BLANK_LINES.split(text))
+    return [part for part in parts if part.strip()]
 
 
-def read_prompts(source: str, tokenizer: PreTrainedTokenizerBase | None, note: Note) -> list[str]:
+def prompt_texts(source: str, tokenizer: PreTrainedTokenizerBase | None, note: Note) -> list[str]:
     """Return the prompts of local files, at least one.
 
     Args:
         source: as for a calibration text, see text_files.py. In a ``.txt`` file blank lines separate the prompts. In the other
-            files each row is a prompt: a text, or a chat, which the model continues with its next reply.
+            files each row is a prompt: a text, or a chat, which the model continues with its next reply. The model's replies at
+            the end of a chat are left out.
         tokenizer: its chat template turns chats into text; None if there are no chats.
         note: called with notes for the user, for example on replaced characters.
 
     Raises:
         DataError: a file is missing or cannot be read, or there is no prompt.
     """
-    texts = texts_of(_rows(source, note), source, tokenizer, note, reply=True)
-    prompts = [text for text in texts if text.strip()]
-    if not prompts:
-        raise DataError(
-            f"prompts {source} contain no prompt; write at least one, separated by blank lines in a .txt file"
-        )
-    return prompts
+    return texts_of(_rows(source, note), source, tokenizer, note, reply=True)
 
 
 class Prompted(Protocol):
@@ -76,7 +73,7 @@ def read_prompt_ids(
         emit: called with notes for the user.
 
     Raises:
-        DataError: as :func:`read_prompts`; there is no tokenizer; or a prompt has no token, or more than half of a piece.
+        DataError: as :func:`prompt_texts`; there is no tokenizer; or a prompt has no token, or more than half of a piece.
     """
     if recipe.prompts is None:
         return []
@@ -87,11 +84,14 @@ def read_prompt_ids(
     def note(line: str) -> None:
         emit(Event(kind="note", phase="calibration", message=line))
 
-    for number, text in enumerate(read_prompts(recipe.prompts, tokenizer, note), 1):
+    for number, text in enumerate(prompt_texts(recipe.prompts, tokenizer, note), 1):
         ids = without_bos(list(plain_ids(tokenizer, text)), added_bos(tokenizer))
         if not 0 < len(ids) <= longest:
-            limit = f", but half of a generated piece is {longest}; shorten it, or raise --segment" if ids else ""
-            raise DataError(f"prompt {number} of {recipe.prompts} ({text.strip()[:30]!r}) has {len(ids)} tokens{limit}")
+            option = "--segment" if recipe.segment < width else "--sequence-length"
+            what = (
+                f", but half of a generated piece is {longest}; shorten it, or raise {option}" if ids else "; remove it"
+            )
+            raise DataError(f"prompt {number} of {recipe.prompts} ({text.strip()[:30]!r}) has {len(ids)} tokens{what}")
         found.append(ids)
     return found
 
@@ -108,19 +108,37 @@ def check_prompts(recipe: Prompted, sequence_length: int, source: ModelSource | 
     Args:
         recipe: the recipe.
         sequence_length: tokens of a sequence.
-        source: the model; None checks only whether the files exist.
+        source: the model; None checks only the files, not the number of tokens.
     """
     if recipe.prompts is None:
         return
     if source is None:
-        find_files(recipe.prompts, "")
+        for _ in _rows(recipe.prompts, lambda line: None):
+            pass
         return
     tokenizer = source.tokenizer()
     read_prompt_ids(recipe, tokenizer, sequence_length - len(added_bos(tokenizer)), lambda event: None)
 
 
 def _rows(source: str, note: Note) -> Iterator[Row]:
+    """Yield the prompts of local files, texts and chats. Raises DataError if there is none."""
+    count = 0
     for path, column in find_files(source, ""):
+        plain = path.name.lower().endswith(SUFFIXES[0])
         for row in read_rows(path, column, note):
-            plain = isinstance(row, str) and path.name.lower().endswith(SUFFIXES[0])
-            yield from split_prompts(str(row)) if plain else [row]
+            for prompt in split_prompts(row) if plain and isinstance(row, str) else [_without_reply(row)]:
+                if prompt.strip() if isinstance(prompt, str) else prompt:
+                    count += 1
+                    yield prompt
+    if not count:
+        raise DataError(
+            f"prompts {source} contain no prompt; write at least one (in a .txt file blank lines separate them)"
+        )
+
+
+def _without_reply(row: Row) -> Row:
+    """Return a chat without the model's replies at its end; a text unchanged."""
+    if isinstance(row, str):
+        return row
+    asked = [number for number, message in enumerate(row, 1) if message["role"] != "assistant"]
+    return row[: asked[-1]] if asked else []

@@ -66,7 +66,7 @@ def read_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
 def _plain_text(path: Path, column: str | None) -> str:
     if column is not None:
         raise DataError(f"text file {path} has no columns; leave out :{column}")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if "\0" in text:
         raise DataError(f"text file {path} is not text: it holds a NUL character; give a text file in UTF-8")
     return text

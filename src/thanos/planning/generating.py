@@ -87,7 +87,8 @@ def _continued_pieces(job: Job, ids: Tensor, bos: tuple[int, ...]) -> float:
         length = min(2 * prompt + positions, segment)
         new.append(length - min(prompt, length // 2))
         began = time.perf_counter()
-        generate_sequences(model, ids[:, : len(bos) + length], bos, batch, 0, 0, lambda event: None, prompt=prompt)
+        text = ids[:, : len(bos) + length]
+        generate_sequences(model, text, bos, batch, 0, 0, lambda event: None, segment=length, prompt=prompt)
         spent.append(time.perf_counter() - began)
     apart = new[1] - new[0]
     each = max(0.0, spent[1] - spent[0]) / apart if apart else spent[1] / max(1, new[1])

@@ -85,7 +85,11 @@ class Recipe(LayerRecipe):
     samples: int = setting(128, "Number of calibration sequences", Heading.CALIBRATION, "N", lowest=1)
     sequence_length: int = setting(2048, "Tokens per calibration sequence", Heading.CALIBRATION, "TOKENS", lowest=2)
     generate: int = setting(
-        0, "Additional sequences: pieces of the text, continued by the dense model", Heading.CALIBRATION, "N", lowest=0
+        0,
+        "Additional sequences: pieces of the text, or prompts, continued by the dense model",
+        Heading.CALIBRATION,
+        "N",
+        lowest=0,
     )
     segment: int = setting(SEGMENT, "Tokens of a generated piece", Heading.CALIBRATION, "TOKENS", lowest=2)
     prompt: int = setting(

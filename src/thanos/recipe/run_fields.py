@@ -38,7 +38,7 @@ def check_run_fields(recipe: Recipe) -> None:
             several = isinstance(getattr(recipe, name), list | tuple) and name == "calibration"
             hint = "; separate several texts by commas in one string" if several else ""
             raise RecipeError(f"{name} must be a name; got {getattr(recipe, name)!r}{hint}")
-    check_prompts(recipe.prompts, recipe.prompt)
+    check_prompts_setting(recipe.prompts, recipe.prompt)
     if recipe.generate and recipe.calibration == "self":
         raise RecipeError(
             f"calibration 'self' has no text of which the model could continue pieces (generate is {recipe.generate}); raise "
@@ -63,7 +63,7 @@ def check_run_fields(recipe: Recipe) -> None:
         raise RecipeError(f"measure_error must be true, false or left out; got {recipe.measure_error!r}")
 
 
-def check_prompts(prompts: object, prompt: int) -> None:
+def check_prompts_setting(prompts: object, prompt: int) -> None:
     """Raise RecipeError if ``prompts`` is no name of files, or if ``prompt``, which they replace, is given too."""
     if prompts is None:
         return

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from thanos._version import __version__
-from thanos.calibration.text import text_sha256
 from thanos.calibration.windows import Calibration
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.recovery.guard import HELD_OUT, Guard
@@ -83,7 +82,6 @@ def make_report(result: Trained, device: torch.device, meter: PhaseMeter, zeros:
     pruned, recipe, guard, phases = result.pair.pruned, result.recipe, result.guard, meter.records()
     early = [f"{result.ended}: the training ended early"] if result.ended else []
     texts = {"calibration": recipe.calibration} | ({"prompts": recipe.prompts} if recipe.prompts else {})
-    hashes = {"prompts_sha256": text_sha256(recipe.prompts)} if recipe.prompts else {}
     return RecoveryReport(
         thanos_version=__version__,
         model={
@@ -93,7 +91,7 @@ def make_report(result: Trained, device: torch.device, meter: PhaseMeter, zeros:
         },
         dense=public_name(result.pair.dense.source.name),
         recipe=recipe.to_dict() | {name: public_name(value) for name, value in texts.items()},
-        calibration=result.calibration.to_dict() | {"source": public_name(result.calibration.source)} | hashes,
+        calibration=result.calibration.to_dict() | {"source": public_name(result.calibration.source)},
         sequences={
             "trained": recipe.rows,
             "held_out": recipe.samples - recipe.trained + recipe.generated_held_out,

@@ -12,7 +12,7 @@ from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 from thanos.recipe.checks import check_settings
 from thanos.recipe.repair import SEGMENT, WITHOUT_GENERATED
-from thanos.recipe.run_fields import check_prompts
+from thanos.recipe.run_fields import check_prompts_setting
 from thanos.recovery.rate import rate_for
 from thanos.settings import Heading, either, setting
 from thanos.system.suggestions import near
@@ -102,7 +102,7 @@ class RecoveryRecipe:
     )
     generate: int = setting(
         0,
-        "Additional sequences that the dense model generates, as continuations of pieces of the text",
+        "Additional sequences that the dense model generates, as continuations of pieces of the text, or of prompts",
         Heading.RECOVERY,
         "N",
         lowest=0,
@@ -158,7 +158,7 @@ class RecoveryRecipe:
             raise RecipeError(
                 f"generate {self.generate} is not a multiple of batch {self.batch}; give a multiple of {self.batch}"
             )
-        check_prompts(self.prompts, self.prompt)
+        check_prompts_setting(self.prompts, self.prompt)
         for name, used in (
             ("segment", self.vary or self.generate),
             ("prompt", self.generate),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from thanos.calibration.making import make_calibration
-from thanos.calibration.text import check_text_exists
+from thanos.calibration.prompts import check_prompts
+from thanos.calibration.text import check_text_exists, text_sha256
 from thanos.calibration.text_files import text_paths
 from thanos.calibration.windows import Calibration, check_is_calibration
 from thanos.checkpoint.writer import check_room
@@ -128,6 +129,7 @@ def recover(
     if is_main_process() and not complete:
         if calibration is None:
             check_text_exists(recipe.calibration)
+        check_prompts(recipe, recipe.sequence_length, None)
         check()
         check_interrupted(work, resume=resume, overwrite=overwrite)
     device = my_device(choose_device(recipe.device))
@@ -143,7 +145,8 @@ def recover(
         now["machine"]["processes"] = world.size
         if complete:
             if job.leads:
-                check_completed(work, recipe.text, now, calibration)
+                given = None if calibration is None else _with_prompts(calibration, recipe)
+                check_completed(work, recipe.text, now, given)
                 message = f"{work.called} {out} is already complete, made by the same run: nothing to do"
                 emit(Event(kind="note", phase="load", message=message))
             return world.from_first(lambda: _read(work.out))
@@ -235,7 +238,12 @@ def _calibrate(pair: Pair, parent: ModelSource, job: _Job, given: Calibration | 
         made = given or make_calibration(parent, job.recipe.text, job.device, job.emit)
     for opened in (pair.pruned, pair.dense):
         check_token_ids(made.ids, opened.meta_model)
-    return made
+    return _with_prompts(made, job.recipe)
+
+
+def _with_prompts(calibration: Calibration, recipe: RecoveryRecipe) -> Calibration:
+    """Return the windows with the hash of the files of the recipe's prompts."""
+    return replace(calibration, prompts_sha256=text_sha256(recipe.prompts)) if recipe.prompts else calibration
 
 
 def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) -> tuple[Guard, str]:

@@ -61,7 +61,9 @@ def describe(recipe: dict[str, Any], model: dict[str, Any], device: torch.device
     import transformers
 
     if prompts := recipe.get("prompts"):
-        recipe = recipe | {"prompts": f"{public_name(prompts)} (SHA-256 {(text_sha256(prompts) or 'unknown')[:16]})"}
+        found = text_sha256(prompts)
+        state = "missing" if found is None else f"SHA-256 {found[:16]}"
+        recipe = recipe | {"prompts": f"{public_name(prompts)} ({state})"}
 
     return {
         "schema": SCHEMA,
