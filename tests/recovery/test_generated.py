@@ -191,7 +191,16 @@ def test_of_the_generated_sequences_too_some_are_held_out(
     ids = torch.cat([calibration.ids[8:], made[20:]])
     with torch.no_grad():
         p, q = (model(input_ids=ids).logits.double().log_softmax(-1) for model in (dense, child))
-    assert report.held_out_before == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    divergence = (p.exp() * (p - q)).sum(-1).mean(1)
+    assert report.held_out_before == pytest.approx(divergence.mean().item(), rel=1e-4)
+    assert report.history[0]["held_out_text"] == pytest.approx(divergence[:2].mean().item(), rel=1e-4)
+    assert report.history[0]["held_out_generated"] == pytest.approx(divergence[2:].mean().item(), rel=1e-4)
+    [best] = [entry for entry in report.history if entry["step"] == report.best_step]
+    card = (tmp_path / "out2" / "README.md").read_text()
+    if report.best_step:
+        pairs = [(report.history[0][key], best[key]) for key in ("held_out_text", "held_out_generated")]
+        on = [f"{old:.4f} to {new:.4f}" for old, new in pairs]
+        assert f"(on the text {on[0]}, on generated sequences {on[1]})." in card
 
 
 @pytest.mark.parametrize(("generate", "held_out"), [(0, 0), (4, 1), (16, 1), (20, 2), (512, 32)])

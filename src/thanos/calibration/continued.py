@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from thanos.calibration.generation import SEEDS, Part, continue_prompts
-from thanos.calibration.prompts import check_prompt_ids, read_prompt_ids
-from thanos.calibration.text import text_sha256
+from thanos.calibration.prompts import check_prompt_ids, read_prompt_ids, with_prompts
 from thanos.calibration.windows import Calibration, begin_windows
 from thanos.events import Event, Phase
 from thanos.model.loading import check_token_ids
@@ -184,5 +183,4 @@ def generate_more(
     arguments = (model, text, made.bos_ids, recipe.generate, made.seed, end, emit)
     how = {"segment": recipe.segment, "prompt": recipe.prompt, "prompts": prompts}
     new = generate_sequences(*arguments, **how, phase="calibration")
-    prompts_sha256 = None if recipe.prompts is None else text_sha256(recipe.prompts)
-    return replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate, prompts_sha256=prompts_sha256)
+    return with_prompts(replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate), recipe)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from thanos.calibration.text import texts_of
+from thanos.calibration.text import text_sha256, texts_of
 from thanos.calibration.text_files import SUFFIXES, find_files
 from thanos.calibration.text_rows import Note, Row, read_rows
 from thanos.errors import DataError
@@ -19,6 +20,7 @@ from thanos.model.loading import check_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from thanos.calibration.windows import Calibration
     from thanos.model.source import ModelSource
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
@@ -100,6 +102,11 @@ def check_prompt_ids(prompts: Sequence[Sequence[int]], model: PreTrainedModel) -
     """Raise DataError if the model does not embed a token of the prompts."""
     if prompts:
         check_token_ids(torch.tensor([[token for prompt in prompts for token in prompt]]), model)
+
+
+def with_prompts(calibration: Calibration, recipe: Prompted) -> Calibration:
+    """Return windows with the hash of the files of a recipe's prompts; the same windows if it has none."""
+    return calibration if recipe.prompts is None else replace(calibration, prompts_sha256=text_sha256(recipe.prompts))
 
 
 def check_prompts(recipe: Prompted, sequence_length: int, source: ModelSource | None) -> None:

@@ -21,6 +21,7 @@ from thanos.cli.tables import (
     write_json,
 )
 from thanos.run.cut_words import cut_rows, plan_rows
+from thanos.run.recovery_card import held_out_by_kind
 
 if TYPE_CHECKING:
     from thanos.bench.layer import LayerTime
@@ -103,8 +104,10 @@ def show_recovery(
     """
     sequences = report.sequences
     before, after = report.held_out_before, report.held_out_after
+    kinds = held_out_by_kind(report.to_dict())
     rows = [
         ("held-out KL divergence to the dense model", f"{before:.5f} → {after:.5f} nats a token"),
+        *[(f"  on {kind}", f"{old:.5f} → {new:.5f}") for kind, (old, new) in kinds.items()],
         ("sequences trained, held out", f"{sequences['trained']}, {sequences['held_out']}"),
         (
             "weights written",

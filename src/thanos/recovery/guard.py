@@ -15,6 +15,9 @@ from thanos.engine.distributed import World
 HELD_OUT = "held_out"
 """Key of the held-out loss in an entry of the history."""
 
+KINDS = (f"{HELD_OUT}_text", f"{HELD_OUT}_generated")
+"""Keys of the losses on the held-out sequences of the text, and on those that the dense model generated."""
+
 ON_DEVICE_BYTES = 2 << 30
 """Size in bytes up to which the best state is kept on the device. A larger state is copied to the host, which takes longer."""
 
@@ -27,6 +30,7 @@ class Guard:
     Args:
         ids: token ids of all sequences, (n, T), on the CPU.
         first: index of the first held-out sequence; it and all after it are held out.
+        generated: number of sequences, the last ones, that the dense model generated to hold them out.
         dtypes: parameter name → dtype in which the checkpoint stores it.
         size: number of sequences in a forward pass.
         device: device of the training.
@@ -37,13 +41,14 @@ class Guard:
 
     Attributes:
         history: measurements in order: ``step``, ``epoch``, ``loss`` (mean training loss of the epoch, None for step 0) and
-            ``held_out`` (nats per token; None if it is NaN or infinite).
+            ``held_out`` (nats per token; None if it is NaN or infinite); with generated sequences also :data:`KINDS`.
     """
 
     def __init__(
         self,
         ids: Tensor,
         first: int,
+        generated: int,
         dtypes: Mapping[str, torch.dtype],
         size: int,
         device: torch.device,
@@ -51,7 +56,9 @@ class Guard:
         write: Callable[[int, Iterable[tuple[str, Tensor]]], None] | None,
         history: list[dict[str, Any]],
     ) -> None:
-        self._ids, self._first, self._dtypes, self._size, self._device = ids, first, dtypes, size, device
+        self._ids, self._dtypes, self._size, self._device = ids, dtypes, size, device
+        text = len(ids) - generated
+        self._kinds = [rows for rows in (range(first, text), range(text, len(ids))) if rows]
         self._world, self._write = world, write
         self.history = list(history)
         self._unwritten: tuple[int, dict[str, Tensor]] | None = None
@@ -76,13 +83,13 @@ class Guard:
         """
         parameters = {name: module.get_parameter(f"{prefix}{name}") for name in self._dtypes}
         with torch.no_grad(), _rounded(parameters, self._dtypes):
-            held_out = self._held_out(module)
-            entry = {
-                "step": step,
-                "epoch": epoch,
-                "loss": loss,
-                HELD_OUT: held_out if math.isfinite(held_out) else None,
-            }
+            totals = [self._total(module, rows) for rows in self._kinds]
+            losses = {HELD_OUT: sum(totals) / sum(map(len, self._kinds))}
+            if len(totals) > 1:
+                means = (total / len(rows) for total, rows in zip(totals, self._kinds, strict=True))
+                losses |= dict(zip(KINDS, means, strict=True))
+            finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
+            entry: dict[str, Any] = {"step": step, "epoch": epoch, "loss": loss, **finite}
             self.history.append(entry)
             if step and self.best is entry and entry[HELD_OUT] is not None:
                 self._unwritten = (step, self._copies(parameters))
@@ -100,9 +107,9 @@ class Guard:
         """The best state by parameter name, in the checkpoint's dtypes. None if it is on the disk, or is the original model."""
         return None if self._unwritten is None else self._unwritten[1]
 
-    def _held_out(self, module: nn.Module) -> float:
-        """Return the mean loss over all held-out sequences, in nats per token."""
-        count = len(self._ids) - self._first
+    def _total(self, module: nn.Module, sequences: range) -> float:
+        """Return the sum of the losses of some sequences, each in nats per token."""
+        count = len(sequences)
         share = self._world.share(count)
         # Sharded weights need the same number of passes in every process. A process without a sequence left runs one whose loss
         # is not added.
@@ -111,10 +118,10 @@ class Guard:
         for number in range(passes):
             first = share.start + number * self._size
             rows = range(first, min(first + self._size, share.stop))
-            numbers = self._first + torch.tensor(list(rows) or [0])
+            numbers = sequences.start + torch.tensor(list(rows) or [0])
             loss = module(self._ids[numbers].to(self._device), numbers.to(self._device)).double()
             total += len(rows) * loss if len(rows) else 0.0
-        return float(self._world.sum_(total)) / count
+        return float(self._world.sum_(total))
 
     def _copies(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies in the checkpoint's dtypes. It is empty in processes that write nothing: they only send shards."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from thanos.calibration.making import make_calibration
-from thanos.calibration.prompts import check_prompts
-from thanos.calibration.text import check_text_exists, text_sha256
+from thanos.calibration.prompts import check_prompts, with_prompts
+from thanos.calibration.text import check_text_exists
 from thanos.calibration.text_files import text_paths
 from thanos.calibration.windows import Calibration, check_is_calibration
 from thanos.checkpoint.writer import check_room
@@ -145,7 +145,7 @@ def recover(
         now["machine"]["processes"] = world.size
         if complete:
             if job.leads:
-                given = None if calibration is None else _with_prompts(calibration, recipe)
+                given = None if calibration is None else with_prompts(calibration, recipe)
                 check_completed(work, recipe.text, now, given)
                 message = f"{work.called} {out} is already complete, made by the same run: nothing to do"
                 emit(Event(kind="note", phase="load", message=message))
@@ -238,12 +238,7 @@ def _calibrate(pair: Pair, parent: ModelSource, job: _Job, given: Calibration | 
         made = given or make_calibration(parent, job.recipe.text, job.device, job.emit)
     for opened in (pair.pruned, pair.dense):
         check_token_ids(made.ids, opened.meta_model)
-    return _with_prompts(made, job.recipe)
-
-
-def _with_prompts(calibration: Calibration, recipe: RecoveryRecipe) -> Calibration:
-    """Return the windows with the hash of the files of the recipe's prompts."""
-    return replace(calibration, prompts_sha256=text_sha256(recipe.prompts)) if recipe.prompts else calibration
+    return with_prompts(made, job.recipe)
 
 
 def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) -> tuple[Guard, str]:
@@ -266,7 +261,9 @@ def _train(pair: Pair, calibration: Calibration, job: _Job, notes: list[str]) ->
             generated = generated_text(pair.dense, calibration, recipe, job.emit, work, job.world, resume=job.resume)
         trained, held_out = generated.split([recipe.generate, recipe.generated_held_out])
         ids, first = torch.cat([ids[:first], trained, ids[first:], held_out]), recipe.rows
-    guard = Guard(ids, first, dtypes, size, job.device, job.world, _writer(pair, job), history)
+    guard = Guard(
+        ids, first, recipe.generated_held_out, dtypes, size, job.device, job.world, _writer(pair, job), history
+    )
     if job.leads:
         work.tidy_states(guard.best["step"] if history else 0)
     module = Distillation(pruned.meta_model, pair.dense.meta_model)

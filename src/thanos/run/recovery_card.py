@@ -7,6 +7,9 @@ from typing import Any
 
 from thanos.run.names import public_name
 
+_KINDS = {"the text": "held_out_text", "generated sequences": "held_out_generated"}
+"""Kind of held-out text → its key in the history of ``recovery.json``."""
+
 
 def recovery_sentence(recovery: Mapping[str, Any]) -> str:
     """Return the sentences about a recovery, from the values of ``recovery.json``."""
@@ -28,7 +31,20 @@ def recovery_sentence(recovery: Mapping[str, Any]) -> str:
             f"{how}. No epoch was better on {held_out} (KL divergence {before:.4f} nats a token), so the weights are "
             "unchanged."
         )
-    return f"{how}. On {held_out} the KL divergence fell from {before:.4f} to {after:.4f} nats a token."
+    parts = [f"on {what} {old:.4f} to {new:.4f}" for what, (old, new) in held_out_by_kind(recovery).items()]
+    kinds = f" ({', '.join(parts)})" if parts else ""
+    return f"{how}. On {held_out} the KL divergence fell from {before:.4f} to {after:.4f} nats a token{kinds}."
+
+
+def held_out_by_kind(recovery: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return kind of held-out text → divergence before the recovery and of the written weights, in nats a token.
+
+    It is empty if there is one kind, or if one of the values is not finite. ``recovery`` has the values of ``recovery.json``.
+    """
+    history = recovery["history"]
+    first, best = (next(e for e in history if e["step"] == step) for step in (0, recovery["best_step"]))
+    found = {what: (first.get(key), best.get(key)) for what, key in _KINDS.items()}
+    return found if all(None not in pair for pair in found.values()) else {}
 
 
 def _generated(recipe: Mapping[str, Any]) -> str:
