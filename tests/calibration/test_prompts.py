@@ -14,12 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
+from helpers import tiny_model
 from recovering import prune, settings
 from thanos.calibration import continued
 from thanos.calibration.continued import generate_sequences
 from thanos.calibration.generation import Part
 from thanos.calibration.making import make_calibration
-from thanos.calibration.prompts import prompt_texts
+from thanos.calibration.prompts import prompt_texts, with_prompts
+from thanos.calibration.windows import Calibration
 from thanos.errors import DataError, UserError
 from thanos.events import LOG_NAME
 from thanos.model.source import resolve_model
@@ -64,7 +66,8 @@ def test_each_row_of_another_file_is_a_prompt(tiny_llama: Path, tmp_path: Path) 
     hello = "<user>Hello</><assistant>"
     assert prompt_texts(str(rows), None, notes.append) == ["one\n\ntwo", "half \ufffd"]
     assert "U+FFFD replaces it" in notes[0]
-    assert prompt_texts(str(chats), tokenizer, print) == [hello, hello]
+    assert prompt_texts(str(chats), tokenizer, notes.append) == [hello, hello]
+    assert notes[-1] == f"{chats} has 1 chat with replies of the model alone, left out"
     both = prompt_texts(f"{rows},{chats}", tokenizer, notes.append)
     assert both == ["one\n\ntwo", "half \ufffd", hello, hello]
     with pytest.raises(DataError, match="has no chat template"):
@@ -72,9 +75,10 @@ def test_each_row_of_another_file_is_a_prompt(tiny_llama: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("bos", [(), (1,), (1, 3)])
-def test_each_piece_is_a_whole_prompt_and_its_greedy_continuation(bos: tuple[int, ...], tiny_llama: Path) -> None:
-    """With logits so far apart that sampling has no choice. Padding must change nothing."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+@pytest.mark.parametrize("architecture", ["llama", "opt-125m", "gpt-2", "gpt-neox", "bloom", "mistral"])
+def test_each_piece_is_a_whole_prompt_and_its_greedy_continuation(architecture: str, bos: tuple[int, ...]) -> None:
+    """With logits so far apart that sampling has no choice. Padding must change nothing, also where positions are learned."""
+    model = tiny_model(architecture, tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
     end = model.generation_config.eos_token_id
@@ -131,7 +135,7 @@ def test_a_pruning_with_prompts(prompts: Path, tiny_llama: Path, text_file: Path
     sha256 = hashlib.sha256(prompts.read_bytes()).hexdigest()
     assert report.calibration["prompts_sha256"] == sha256
     assert report.recipe["prompts"] == "prompts.txt"
-    assert "continues the prompts of prompts.txt" in (out / "README.md").read_text()
+    assert "continues the prompts in prompts.txt" in (out / "README.md").read_text()
     assert "--calibration PATH --prompts PATH`" in (out / "README.md").read_text()
     toml = (out / "recipe.toml").read_text()
     assert f"# The text of the prompts is local; the SHA-256 of its content is {sha256}.\n" in toml
@@ -163,7 +167,7 @@ def test_other_prompts_are_another_run(prompts: Path, tiny_llama: Path, text_fil
     assert report.recipe["prompts"] == "prompts.txt"
     assert report.calibration["prompts_sha256"] == hashlib.sha256(prompts.read_bytes()).hexdigest()
     assert (
-        "8 of the sequences written by the dense model as continuations of prompts of prompts.txt"
+        "8 of the sequences written by the dense model as continuations of the prompts in prompts.txt"
         in (out / "README.md").read_text()
     )
     assert "private" not in (out / LOG_NAME).read_text() + (out / "recovery.json").read_text()
@@ -250,6 +254,34 @@ def test_token_ids_in_memory_need_a_tokenizer_for_prompts(prompts: Path, tiny_ll
     report = thanos.prune_model(model, ids, recipe=recipe, tokenizer=tokenizer)
     assert report.calibration["generated"] == 2
     assert report.recipe["prompts"] == "prompts.txt"
+
+
+def test_given_windows_must_continue_the_prompts_of_the_recipe(
+    prompts: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = thanos.Recipe(
+        samples=4, sequence_length=32, calibration=str(text_file), device="cpu", generate=2, prompts=str(prompts)
+    )
+    made = make_calibration(resolve_model(tiny_llama), recipe, torch.device("cpu"), lambda event: None)
+    with pytest.raises(
+        DataError, match=r"continues prompts with the SHA-256 \w{64}, but those of the recipe have None"
+    ):
+        thanos.prune(tiny_llama, tmp_path / "out", dataclasses.replace(recipe, prompts=None), calibration=made)
+    prompts.write_text("e")
+    with pytest.raises(DataError, match="make it with the recipe's prompts"):
+        thanos.prune(tiny_llama, tmp_path / "out", recipe, calibration=made)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_local_folder_with_the_name_of_a_data_set_has_a_hash(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c4").mkdir()
+    Path("c4/one.txt").write_text("a b")
+    recipe = thanos.Recipe(generate=1, prompts="c4")
+    windows = Calibration(torch.zeros(1, 4, dtype=torch.int64), "text.txt", "packed", 0, 1)
+    assert with_prompts(windows, recipe).prompts_sha256 == hashlib.sha256(b"a b").hexdigest()
 
 
 def test_a_run_without_prompts_can_be_resumed_by_a_version_that_knows_them() -> None:

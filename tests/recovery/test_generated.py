@@ -26,6 +26,7 @@ from thanos.model.source import resolve_model
 from thanos.recipe.repair import PROMPT, SEGMENT
 from thanos.recovery.generated import kept_sequences
 from thanos.recovery.states import RecoveryFolder
+from thanos.run.recovery_card import held_out_by_kind, recovery_sentence
 
 
 @pytest.mark.parametrize("bos", [(), (1,), (1, 3)])
@@ -195,12 +196,30 @@ def test_of_the_generated_sequences_too_some_are_held_out(
     assert report.held_out_before == pytest.approx(divergence.mean().item(), rel=1e-4)
     assert report.history[0]["held_out_text"] == pytest.approx(divergence[:2].mean().item(), rel=1e-4)
     assert report.history[0]["held_out_generated"] == pytest.approx(divergence[2:].mean().item(), rel=1e-4)
-    [best] = [entry for entry in report.history if entry["step"] == report.best_step]
-    card = (tmp_path / "out2" / "README.md").read_text()
-    if report.best_step:
-        pairs = [(report.history[0][key], best[key]) for key in ("held_out_text", "held_out_generated")]
-        on = [f"{old:.4f} to {new:.4f}" for old, new in pairs]
-        assert f"(on the text {on[0]}, on generated sequences {on[1]})." in card
+
+
+def test_the_card_states_the_losses_by_kind_of_text() -> None:
+    history = [
+        {"step": 0, "held_out": 0.3, "held_out_text": 0.1, "held_out_generated": 0.4},
+        {"step": 5, "held_out": 0.2, "held_out_text": 0.15, "held_out_generated": 0.22},
+        {"step": 10, "held_out": 0.25, "held_out_text": None, "held_out_generated": 0.2},
+    ]
+    recovery: dict[str, Any] = {
+        "held_out_before": 0.3, "held_out_after": 0.2, "best_step": 5, "history": history, "rate": 1e-3, "dense": "dense",
+        "calibration": {"source": "a.txt", "sequence_length": 32}, "sequences": {"trained": 24, "held_out": 3},
+        "masked_layers": 4, "recipe": {"epochs": 2, "generate": 16, "prompts": None},
+    }  # fmt: skip
+    sentence = recovery_sentence(recovery)
+    assert (
+        "24 × 32 tokens of a.txt, 16 of the sequences written by the dense model as continuations of pieces of it"
+        in sentence
+    )
+    kinds = "(the text: 0.1000 → 0.1500; generated sequences: 0.4000 → 0.2200)."
+    assert sentence.endswith(f"the KL divergence fell from 0.3000 to 0.2000 nats a token {kinds}")
+    assert held_out_by_kind(recovery) == {"the text": (0.1, 0.15), "generated sequences": (0.4, 0.22)}
+    assert held_out_by_kind(recovery | {"best_step": 10}) == {}, "a value is not finite"
+    old = [{"step": 0, "held_out": 0.3}, {"step": 5, "held_out": 0.2}]
+    assert held_out_by_kind(recovery | {"history": old}) == {}, "reports of older versions"
 
 
 @pytest.mark.parametrize(("generate", "held_out"), [(0, 0), (4, 1), (16, 1), (20, 2), (512, 32)])

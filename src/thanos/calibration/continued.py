@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from thanos.calibration.generation import SEEDS, Part, continue_prompts
-from thanos.calibration.prompts import check_prompt_ids, read_prompt_ids, with_prompts
+from thanos.calibration.prompts import read_prompt_ids, with_prompts
 from thanos.calibration.windows import Calibration, begin_windows
 from thanos.events import Event, Phase
 from thanos.model.loading import check_token_ids
@@ -58,8 +58,8 @@ def generate_sequences(
     If the device's memory runs out, the batches of the parts that are left are halved.
 
     A piece begins with ``prompt`` tokens from a random position of the text, or with half a segment if that is shorter. Without
-    any, it begins with BOS alone, or with ``end`` if there is no BOS. If ``prompts`` are given, it begins with one of them:
-    all are used equally often, in random order.
+    any, it begins with BOS alone, or with ``end`` if there is no BOS. If ``prompts`` are given, it begins with one of them, and
+    has at most ``segment`` tokens. Each prompt is used once, in random order, before one is used again.
 
     Args:
         model: the dense model.
@@ -178,9 +178,9 @@ def generate_more(
     check_token_ids(made.ids, model)
     held_out = held_out_count(recipe, len(made.ids) + recipe.generate)
     text = made.ids[: len(made.ids) - held_out]
-    prompts = read_prompt_ids(recipe, tokenizer, text.shape[1] - len(made.bos_ids), emit)
-    check_prompt_ids(prompts, model)
+    made = with_prompts(made, recipe)
+    prompts = read_prompt_ids(recipe, tokenizer, text.shape[1] - len(made.bos_ids), emit, model)
     arguments = (model, text, made.bos_ids, recipe.generate, made.seed, end, emit)
     how = {"segment": recipe.segment, "prompt": recipe.prompt, "prompts": prompts}
     new = generate_sequences(*arguments, **how, phase="calibration")
-    return with_prompts(replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate), recipe)
+    return replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate)

@@ -86,7 +86,7 @@ def continue_prompts(
         keep: function that is called with each new part, before its event.
 
     Returns:
-        Token ids, (n, length) int64, on the CPU; each row begins with its prompt.
+        Token ids, (n, length) int64, on the CPU; each row begins with its prompt, and its padding before that.
 
     Raises:
         NumericsError: the model gives NaN or infinity, so that no token can be sampled.

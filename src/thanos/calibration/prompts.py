@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from thanos.calibration.text import text_sha256, texts_of
+from thanos.calibration.text import files_sha256, texts_of
 from thanos.calibration.text_files import SUFFIXES, find_files
 from thanos.calibration.text_rows import Note, Row, read_rows
 from thanos.errors import DataError
@@ -64,7 +64,11 @@ class Prompted(Protocol):
 
 
 def read_prompt_ids(
-    recipe: Prompted, tokenizer: PreTrainedTokenizerBase | None, width: int, emit: Watcher
+    recipe: Prompted,
+    tokenizer: PreTrainedTokenizerBase | None,
+    width: int,
+    emit: Watcher,
+    model: PreTrainedModel | None = None,
 ) -> list[list[int]]:
     """Return the token ids of a recipe's prompts, without the tokens that begin a text; empty if it has none.
 
@@ -73,9 +77,11 @@ def read_prompt_ids(
         tokenizer: the model's.
         width: tokens of a sequence, without those that begin a text.
         emit: called with notes for the user.
+        model: the model that is to continue them; None if it is not opened yet.
 
     Raises:
-        DataError: as :func:`prompt_texts`; there is no tokenizer; or a prompt has no token, or more than half of a piece.
+        DataError: as :func:`prompt_texts`; there is no tokenizer; a prompt has no token, or more than half of a piece; or the
+            model does not embed one of its tokens.
     """
     if recipe.prompts is None:
         return []
@@ -95,18 +101,14 @@ def read_prompt_ids(
             )
             raise DataError(f"prompt {number} of {recipe.prompts} ({text.strip()[:30]!r}) has {len(ids)} tokens{what}")
         found.append(ids)
+    if model is not None:
+        check_token_ids(torch.tensor([token for ids in found for token in ids]), model)
     return found
-
-
-def check_prompt_ids(prompts: Sequence[Sequence[int]], model: PreTrainedModel) -> None:
-    """Raise DataError if the model does not embed a token of the prompts."""
-    if prompts:
-        check_token_ids(torch.tensor([[token for prompt in prompts for token in prompt]]), model)
 
 
 def with_prompts(calibration: Calibration, recipe: Prompted) -> Calibration:
     """Return windows with the hash of the files of a recipe's prompts; the same windows if it has none."""
-    return calibration if recipe.prompts is None else replace(calibration, prompts_sha256=text_sha256(recipe.prompts))
+    return calibration if recipe.prompts is None else replace(calibration, prompts_sha256=files_sha256(recipe.prompts))
 
 
 def check_prompts(recipe: Prompted, sequence_length: int, source: ModelSource | None) -> None:
@@ -129,7 +131,7 @@ def check_prompts(recipe: Prompted, sequence_length: int, source: ModelSource | 
 
 def _rows(source: str, note: Note) -> Iterator[Row]:
     """Yield the prompts of local files, texts and chats. Raises DataError if there is none."""
-    count = 0
+    count, unasked = 0, 0
     for path, column in find_files(source, ""):
         plain = path.name.lower().endswith(SUFFIXES[0])
         for row in read_rows(path, column, note):
@@ -137,6 +139,10 @@ def _rows(source: str, note: Note) -> Iterator[Row]:
                 if prompt.strip() if isinstance(prompt, str) else prompt:
                     count += 1
                     yield prompt
+                elif isinstance(prompt, list):
+                    unasked += 1
+    if unasked:
+        note(f"{source} has {unasked} {'chat' if unasked == 1 else 'chats'} with replies of the model alone, left out")
     if not count:
         raise DataError(
             f"prompts {source} contain no prompt; write at least one (in a .txt file blank lines separate them)"

@@ -243,8 +243,11 @@ def text_sha256(source: str) -> str | None:
 
     For a single file this is the hash of its content.
     """
-    if source in NAMED:  # also if a local folder has the same name, since the data set is read
-        return None
+    return None if source in NAMED else files_sha256(source)  # also if a local folder has the name of a data set
+
+
+def files_sha256(source: str) -> str | None:
+    """Return a hash of the local files of a source, as :func:`text_sha256` does; None if there are none."""
     try:
         files = [path for path, _ in find_files(source, "")]
     except DataError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thanos.calibration.generation import generate
-from thanos.calibration.text import calibration_documents
+from thanos.calibration.text import calibration_documents, files_sha256
 from thanos.errors import DataError
 from thanos.events import Event
 from thanos.model.bos import added_bos, plain_ids, without_bos
@@ -71,13 +71,19 @@ class Calibration:
         return digest.hexdigest()
 
     def check_made_by(self, recipe: Recipe) -> None:
-        """Raise DataError if a recipe would make other windows: its source, shape or seed differs."""
+        """Raise DataError if a recipe would make other windows: its source, shape, seed or prompts differ."""
         made = (self.source, self.samples, self.ids.shape[1], self.seed, self.generated)
         wanted = (recipe.calibration, recipe.samples, recipe.sequence_length, recipe.seed, recipe.generate)
         if made != wanted:
             raise DataError(
                 f"the given calibration is (source, samples, sequence_length, seed, generate) {made}, but the recipe says "
                 f"{wanted}; make it with the recipe's settings, or leave it out"
+            )
+        prompts = None if recipe.prompts is None else files_sha256(recipe.prompts)
+        if self.prompts_sha256 != prompts:
+            raise DataError(
+                f"the given calibration continues prompts with the SHA-256 {self.prompts_sha256}, but those of the recipe have "
+                f"{prompts}; make it with the recipe's prompts, or leave it out"
             )
 
     def to_dict(self) -> dict[str, Any]:

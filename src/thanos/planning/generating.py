@@ -12,7 +12,7 @@ from torch import Tensor
 from thanos.calibration.continued import batch_size, generate_sequences
 from thanos.calibration.generation import GENERATION_BATCH, SEEDS
 from thanos.calibration.making import make_calibration
-from thanos.calibration.prompts import check_prompt_ids, read_prompt_ids
+from thanos.calibration.prompts import read_prompt_ids
 from thanos.errors import NumericsError
 from thanos.events import Watcher
 from thanos.model.loading import check_token_ids, load_model
@@ -76,8 +76,7 @@ def _continued_pieces(job: Job, ids: Tensor, bos: tuple[int, ...]) -> float:
     width = ids.shape[1] - len(bos)
     segment = min(recipe.segment, width)
     source = job.prepared.opened.source
-    prompts = read_prompt_ids(recipe, source.tokenizer(), width, lambda event: None)
-    check_prompt_ids(prompts, model)
+    prompts = read_prompt_ids(recipe, source.tokenizer(), width, lambda event: None, model)
     prompt = max(map(len, prompts), default=min(recipe.prompt, segment // 2))
     shorter = prompt - sum(map(len, prompts)) / len(prompts) if prompts else 0.0  # of the pieces, on average
     pieces = math.ceil(recipe.generate * width / (segment - shorter))

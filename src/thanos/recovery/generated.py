@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thanos.calibration.continued import generate_sequences
 from thanos.calibration.generation import Part
-from thanos.calibration.prompts import check_prompt_ids, read_prompt_ids
+from thanos.calibration.prompts import read_prompt_ids
 from thanos.events import Event
 from thanos.model.loading import end_of_text_id
 
@@ -101,8 +101,7 @@ def generated_text(
     model: Any = dense.meta_model
     tokenizer, bos = dense.source.tokenizer(), calibration.bos_ids
     text, end = calibration.ids[: recipe.trained], end_of_text_id(tokenizer, dense.source.config())
-    prompts = [] if world.rank else read_prompt_ids(recipe, tokenizer, text.shape[1] - len(bos), emit)
-    check_prompt_ids(prompts, model)
+    prompts = [] if world.rank else read_prompt_ids(recipe, tokenizer, text.shape[1] - len(bos), emit, model)
     count = recipe.generate + recipe.generated_held_out
     how: dict[str, Any] = {"segment": recipe.segment, "prompt": recipe.prompt, "prompts": prompts, "resume": resume}
     return kept_sequences(model, text, bos, count, recipe.seed, end, emit, work, world, **how)

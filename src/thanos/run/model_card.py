@@ -178,7 +178,7 @@ def _recipe_table(report: PruningReport) -> str:
 def _continued(calibration: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """Return words for the sequences that the dense model generated; empty if there are none."""
     count = calibration.get("generated", 0)
-    begun = f"the prompts of {recipe['prompts']}" if recipe.get("prompts") else "pieces of them"
+    begun = f"the prompts in {recipe['prompts']}" if recipe.get("prompts") else "pieces of them"
     return f"{count} more in which the dense model continues {begun}, " if count else ""
 
 

@@ -31,8 +31,8 @@ def recovery_sentence(recovery: Mapping[str, Any]) -> str:
             f"{how}. No epoch was better on {held_out} (KL divergence {before:.4f} nats a token), so the weights are "
             "unchanged."
         )
-    parts = [f"on {what} {old:.4f} to {new:.4f}" for what, (old, new) in held_out_by_kind(recovery).items()]
-    kinds = f" ({', '.join(parts)})" if parts else ""
+    parts = [f"{kind}: {old:.4f} → {new:.4f}" for kind, (old, new) in held_out_by_kind(recovery).items()]
+    kinds = f" ({'; '.join(parts)})" if parts else ""
     return f"{how}. On {held_out} the KL divergence fell from {before:.4f} to {after:.4f} nats a token{kinds}."
 
 
@@ -51,5 +51,5 @@ def _generated(recipe: Mapping[str, Any]) -> str:
     """Return words for the sequences that the dense model generated; empty if there are none."""
     if not recipe.get("generate"):
         return ""
-    begun = f"prompts of {recipe['prompts']}" if recipe.get("prompts") else "pieces of it"
+    begun = f"the prompts in {recipe['prompts']}" if recipe.get("prompts") else "pieces of it"
     return f", {recipe['generate']} of the sequences written by the dense model as continuations of {begun}"

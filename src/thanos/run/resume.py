@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thanos._version import __version__
-from thanos.calibration.text import text_sha256
+from thanos.calibration.text import files_sha256, text_sha256
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.records import BlockRecord
 from thanos.errors import UserError
@@ -61,7 +61,7 @@ def describe(recipe: dict[str, Any], model: dict[str, Any], device: torch.device
     import transformers
 
     if prompts := recipe.get("prompts"):
-        found = text_sha256(prompts)
+        found = files_sha256(prompts)
         state = "missing" if found is None else f"SHA-256 {found[:16]}"
         recipe = recipe | {"prompts": f"{public_name(prompts)} ({state})"}
 
