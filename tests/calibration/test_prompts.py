@@ -144,6 +144,39 @@ def test_a_pruning_with_prompts(prompts: Path, tiny_llama: Path, text_file: Path
         assert b"private" not in path.read_bytes(), path.name
 
 
+def test_an_interrupted_pruning_goes_on_with_the_same_prompts(
+    prompts: Path, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = thanos.Recipe(
+        samples=4, sequence_length=32, calibration=str(text_file), device="cpu", generate=3, prompts=str(prompts)
+    )
+    whole = thanos.prune(tiny_llama, tmp_path / "whole", recipe)
+
+    def stop(event: thanos.Event) -> None:
+        if event.kind == "block" and event.block == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        thanos.prune(tiny_llama, tmp_path / "out", recipe, on_event=stop)
+    kept = prompts.read_bytes()
+    prompts.write_text("e d c\n")
+    with pytest.raises(UserError, match=r"prompts prompts\.txt \(SHA-256 \w{16}\) → prompts\.txt \(SHA-256"):
+        thanos.prune(tiny_llama, tmp_path / "out", recipe, resume=True)
+    prompts.unlink()
+    with pytest.raises(DataError, match=r"prompts\.txt does not exist"):
+        thanos.prune(tiny_llama, tmp_path / "out", recipe, resume=True)
+    prompts.write_bytes(kept)
+
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("the model generates again")
+
+    monkeypatch.setattr("transformers.GenerationMixin.generate", fail)
+    resumed = thanos.prune(tiny_llama, tmp_path / "out", recipe, resume=True)
+    assert resumed.calibration == whole.calibration
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert first == second
+
+
 def test_other_prompts_are_another_run(prompts: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     pruned, out = prune(tiny_llama, tmp_path / "pruned", text_file), tmp_path / "out2"
     recipe = settings(text_file, generate=8, epochs=1, prompts=str(prompts))
