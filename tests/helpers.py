@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -317,3 +318,13 @@ def windows(samples: int, length: int, *, seed: int = 0) -> torch.Tensor:
     """Random token ids, (samples, length)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, 4 + len(WORDS), (samples, length), generator=generator)
+
+
+def stopped_at(block: int) -> Callable[[Any], None]:
+    """Return a watcher that interrupts a run when a block is finished."""
+
+    def stop(event: Any) -> None:
+        if event.kind == "block" and event.block == block:
+            raise KeyboardInterrupt
+
+    return stop

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
-from helpers import tiny_model
+from helpers import stopped_at, tiny_model
 from recovering import prune, settings
 from thanos.calibration import continued
 from thanos.calibration.continued import generate_sequences
@@ -151,13 +151,8 @@ def test_an_interrupted_pruning_goes_on_with_the_same_prompts(
         samples=4, sequence_length=32, calibration=str(text_file), device="cpu", generate=3, prompts=str(prompts)
     )
     whole = thanos.prune(tiny_llama, tmp_path / "whole", recipe)
-
-    def stop(event: thanos.Event) -> None:
-        if event.kind == "block" and event.block == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        thanos.prune(tiny_llama, tmp_path / "out", recipe, on_event=stop)
+        thanos.prune(tiny_llama, tmp_path / "out", recipe, on_event=stopped_at(1))
     kept = prompts.read_bytes()
     prompts.write_text("e d c\n")
     with pytest.raises(UserError, match=r"prompts prompts\.txt \(SHA-256 \w{16}\) → prompts\.txt \(SHA-256"):

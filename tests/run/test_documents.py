@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import thanos
-from helpers import prose
+from helpers import prose, stopped_at
 from thanos.cli import run
 from thanos.events import read_events
 from thanos.run.report import PruningReport
@@ -106,13 +106,8 @@ def test_the_recipe_of_an_output_and_its_text_give_the_same_bytes(
 def test_a_run_that_was_interrupted_goes_on_with_its_local_text(texts: Path, tiny_llama: Path, tmp_path: Path) -> None:
     made = recipe(str(texts))
     whole = thanos.prune(tiny_llama, tmp_path / "whole", made)
-
-    def interrupt(event: thanos.Event) -> None:
-        if event.kind == "block" and event.block == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        thanos.prune(tiny_llama, tmp_path / "out", made, on_event=interrupt)
+        thanos.prune(tiny_llama, tmp_path / "out", made, on_event=stopped_at(1))
     report = thanos.prune(tiny_llama, tmp_path / "out", made, resume=True)
     assert report.recipe == whole.recipe
     assert report.calibration == whole.calibration

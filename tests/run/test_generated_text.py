@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
-from helpers import save_tiny, tiny_model, tiny_tokenizer
+from helpers import save_tiny, stopped_at, tiny_model, tiny_tokenizer
 from thanos.calibration.continued import generate_sequences
 from thanos.calibration.generation import continue_prompts
 from thanos.calibration.kept import read_windows, write_windows
@@ -34,14 +34,6 @@ def recipe(text: Path, **changes: Any) -> thanos.Recipe:
 def text_windows(model: Path, text: Path) -> Calibration:
     tokenizer = AutoTokenizer.from_pretrained(model)
     return build_calibration(str(text), tokenizer, samples=SAMPLES, sequence_length=LENGTH, seed=0, end_of_text_id=2)
-
-
-def stopped_at(block: int) -> Any:
-    def stop(event: thanos.Event) -> None:
-        if event.kind == "block" and event.block == block:
-            raise KeyboardInterrupt
-
-    return stop
 
 
 @pytest.mark.parametrize("pieces", [{}, {"segment": 12, "prompt": 3}], ids=["default", "short"])
