@@ -168,7 +168,7 @@ def test_logits_that_become_nan_while_the_model_generates_are_named(monkeypatch:
     model = tiny_model()
     model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(NumericsError, match="NaN or infinite logits"):
-        continue_prompts(model, torch.ones(2, 1, dtype=torch.int64), 4, 0, 0, 2, "calibration", lambda event: None)
+        continue_prompts(model, torch.ones(2, 1, dtype=torch.int64), 4, 0, 2, "calibration", lambda event: None)
 
 
 def test_a_damaged_weight_is_named_in_the_plan(text_file: Path, tmp_path: Path) -> None:
@@ -209,9 +209,9 @@ def test_the_processes_synchronise_after_each_part_that_is_generated(
     assert shared[:first] == [None] * (1 + len(parts))  # the first None: no run was published
 
 
-def _in_threes(model: Any, samples: int, length: int, seed: int, start: Any, pad: int, emit: Any) -> Any:
+def _in_threes(model: Any, samples: int, length: int, seed: int, start: Any, emit: Any) -> Any:
     prompts = torch.tensor(start).expand(samples, -1)
-    return continue_prompts(model, prompts, length, seed, pad, 3, "calibration", emit)
+    return continue_prompts(model, prompts, length, seed, 3, "calibration", emit)
 
 
 def test_a_seed_of_any_size_is_taken(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from thanos.calibration.generation import SEEDS, Part, continue_prompts
 from thanos.calibration.prompts import read_prompt_ids, with_prompts
@@ -58,8 +59,8 @@ def generate_sequences(
     If the device's memory runs out, the batches of the parts that are left are halved.
 
     A piece begins with ``prompt`` tokens from a random position of the text, or with half a segment if that is shorter. Without
-    any, it begins with BOS alone, or with ``end`` if there is no BOS. If ``prompts`` are given, it begins with one of them, and
-    has at most ``segment`` tokens. Each prompt is used once, in random order, before one is used again.
+    any, it begins with BOS alone, or with ``end`` if there is no BOS. If ``prompts`` are given, it begins with one of them.
+    Each prompt is used once, in random order, before one is used again.
 
     Args:
         model: the dense model.
@@ -84,12 +85,13 @@ def generate_sequences(
     width = text.shape[1]
     segment = min(segment, width)
     draw = torch.Generator().manual_seed(seed % SEEDS)
+    pieces = math.ceil(count * width / segment)
     if prompts:
-        begun, lengths = _drawn(prompts, bos, segment, count * width, end, draw)
+        begun, lengths = _drawn(prompts, bos, pieces, end, draw)
     else:
-        begun, lengths = _cut(text, bos, min(prompt, segment // 2), math.ceil(count * width / segment), draw), None
+        begun, lengths = _cut(text, bos, min(prompt, segment // 2), pieces, draw), None
         if not begun.shape[1]:
-            begun = torch.full((len(begun), 1), end)
+            begun = torch.full((pieces, 1), end)
     length = len(bos) + segment
     parts, made = [*done], None
     kept = sum(len(part.ids) for part in parts)
@@ -106,7 +108,7 @@ def generate_sequences(
         try:
             before = tuple(parts)
             made = continue_prompts(
-                *(model, begun, length, seed, end, batch, phase, report), lengths=lengths, done=before, keep=add
+                *(model, begun, length, seed, batch, phase, report), lengths=lengths, done=before, keep=add
             )
         except torch.OutOfMemoryError:
             if batch == 1:
@@ -114,11 +116,7 @@ def generate_sequences(
         if made is None:  # outside the except block, where the error's traceback still refers to tensors
             torch.cuda.empty_cache()
             batch //= 2
-    if lengths is None:
-        stream = made[:, len(bos) :].flatten()
-    else:
-        padding = begun.shape[1] - lengths + len(bos)
-        stream = torch.cat([row[first:] for row, first in zip(made, padding.tolist(), strict=True)])
+    stream = made[:, len(bos) :].flatten()
     return begin_windows(stream[: count * width].view(count, width), bos)
 
 
@@ -130,23 +128,13 @@ def _cut(text: Tensor, bos: tuple[int, ...], prompt: int, pieces: int, draw: tor
 
 
 def _drawn(
-    prompts: Sequence[Sequence[int]], bos: tuple[int, ...], segment: int, tokens: int, pad: int, draw: torch.Generator
+    prompts: Sequence[Sequence[int]], bos: tuple[int, ...], pieces: int, pad: int, draw: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return BOS and prompts as rows (pieces, b + longest), padded at the start, and their lengths with BOS (pieces,).
-
-    All pieces get the same number of new tokens, so a piece with a shorter prompt is shorter. There are as many pieces as
-    together have ``tokens`` tokens without BOS.
-    """
-    longest = max(map(len, prompts))
-    chosen, made = list[Sequence[int]](), 0
-    while made < tokens:
-        for number in torch.randperm(len(prompts), generator=draw).tolist():
-            chosen.append(prompts[number])
-            made += segment - longest + len(prompts[number])
-            if made >= tokens:
-                break
-    rows = [[pad] * (longest - len(prompt)) + [*bos, *prompt] for prompt in chosen]
-    return torch.tensor(rows), torch.tensor([len(bos) + len(prompt) for prompt in chosen])
+    """Return BOS and prompts as rows (pieces, b + longest), padded at the end, and their lengths with BOS (pieces,)."""
+    rounds = [torch.randperm(len(prompts), generator=draw) for _ in range(math.ceil(pieces / len(prompts)))]
+    chosen = [[*bos, *prompts[number]] for number in torch.cat(rounds)[:pieces].tolist()]
+    rows = pad_sequence([torch.tensor(ids) for ids in chosen], batch_first=True, padding_value=pad)
+    return rows, torch.tensor([len(ids) for ids in chosen])
 
 
 def generate_more(

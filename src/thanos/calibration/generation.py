@@ -44,12 +44,11 @@ def generate(
     length: int,
     seed: int,
     start: tuple[int, ...],
-    pad: int,
     emit: Callable[[Event], None],
 ) -> Tensor:
     """Sample sequences from the model at temperature 1. Each begins with the tokens ``start``: BOS, else end-of-text."""
     prompts = torch.tensor(start).expand(samples, -1)
-    return continue_prompts(model, prompts, length, seed, pad, GENERATION_BATCH, "calibration", emit)
+    return continue_prompts(model, prompts, length, seed, GENERATION_BATCH, "calibration", emit)
 
 
 def continue_prompts(
@@ -57,7 +56,6 @@ def continue_prompts(
     prompts: Tensor,
     length: int,
     seed: int,
-    pad: int,
     batch: int,
     phase: Phase,
     emit: Callable[[Event], None],
@@ -73,60 +71,83 @@ def continue_prompts(
     Args:
         model: the dense model.
         prompts: token ids, (n, p) int64, on any device.
-        length: tokens of a prompt and its continuation, more than p.
+        length: tokens of a prompt and its continuation, more than p and the same for all prompts.
         seed: seed of the samples. The global random state is not changed.
-        pad: any token id; the model asks for one.
         batch: prompts that the model continues together.
         phase: of the progress events.
         emit: function that is called with them.
-        lengths: number of tokens of each prompt, (n,) int64, at the end of its row; the tokens before them are padding, which
-            the model does not attend to. None: no row is padded.
+        lengths: number of tokens of each prompt, (n,) int64, at the beginning of its row; the rest of the row is not read.
+            None: p for all.
         done: the first parts of an earlier call with the same arguments, made on the same type of device. They are not sampled
             again. On a CPU the result has the same bits as without them.
         keep: function that is called with each new part, before its event.
 
     Returns:
-        Token ids, (n, length) int64, on the CPU; each row begins with its prompt, and its padding before that.
+        Token ids, (n, length) int64, on the CPU; each row begins with its prompt.
 
     Raises:
         NumericsError: the model gives NaN or infinity, so that no token can be sampled.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     parts, count = [*done], sum(len(part.ids) for part in done)
     devices = [model.device] if model.device.type == "cuda" else []
-    new = length - prompts.shape[1]
     config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        min_new_tokens=new,
-        max_new_tokens=new,
-        eos_token_id=getattr(model.generation_config, "eos_token_id", None),
-        pad_token_id=pad,
+        suppress_tokens=_ids(getattr(model.generation_config, "eos_token_id", None)),
     )
-    real = torch.ones_like(prompts)
-    if lengths is not None:
-        real = (torch.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]).to(prompts)
+    sizes = torch.full((len(prompts),), prompts.shape[1]) if lengths is None else lengths
     with torch.random.fork_rng(devices), torch.inference_mode(), _replaced_defaults(model):
         torch.manual_seed(seed % SEEDS)
-        _check_outputs(model, prompts[:1, real[0].bool()])
+        _check_outputs(model, prompts[:1, : sizes[0]])
         if parts:
             _set_states(parts[-1].states, devices)
         while count < len(prompts):
-            begun, mask = prompts[count : count + batch], real[count : count + batch]
+            begun, ends = prompts[count : count + batch].to(model.device), sizes[count : count + batch]
+            shortest = begun[:, : int(ends.min())]
+            config.max_new_tokens = length - shortest.shape[1]
             with _named_sampling_errors():
                 ids = model.generate(  # type: ignore[operator]
-                    begun.to(model.device),
-                    attention_mask=mask.to(model.device),
+                    shortest,
+                    attention_mask=torch.ones_like(shortest),
                     generation_config=config,
+                    logits_processor=LogitsProcessorList([_GivenTokens(begun, ends.to(model.device))]),
                 )
             parts.append(Part(ids.cpu(), _states(devices)))
             count += len(begun)
             keep(parts[-1])
             emit(Event(kind="progress", phase=phase, done=count, total=len(prompts), tokens=count * length))
     return torch.cat([part.ids for part in parts])
+
+
+class _GivenTokens:
+    """Lets the model sample nothing but the prompt's next token as long as there is one.
+
+    So prompts of several lengths are continued together without padding. With padding the model would need an attention
+    mask, and PyTorch's fastest attention takes none.
+
+    Args:
+        prompts: token ids, (n, p) int64.
+        lengths: number of tokens of each prompt, (n,) int64.
+    """
+
+    def __init__(self, prompts: Tensor, lengths: Tensor) -> None:
+        self._prompts, self._lengths = prompts, lengths
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits of the next token, (n, vocabulary), for the tokens before it, (n, t)."""
+        position = input_ids.shape[1]
+        if position >= self._prompts.shape[1]:
+            return scores
+        given = torch.full_like(scores, -torch.inf).scatter_(1, self._prompts[:, position, None], 0.0)
+        return torch.where((position < self._lengths)[:, None], given, scores)
+
+
+def _ids(end: int | list[int] | None) -> list[int] | None:
+    return [end] if isinstance(end, int) else end
 
 
 _NO_TOKENS = "the model gives NaN or infinite logits, so that it cannot generate text; try --dtype float32"

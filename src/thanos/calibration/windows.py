@@ -152,7 +152,7 @@ def build_calibration(
         if model is None:
             raise DataError("calibration 'self' needs the dense model")
         start = bos or (end_of_text_id,)
-        ids = generate(model, samples, sequence_length, seed, start, end_of_text_id, emit)
+        ids = generate(model, samples, sequence_length, seed, start, emit)
         return Calibration(ids, source, "generated", seed, 0, bos)
     if isinstance(source, str):
         documents = calibration_documents(

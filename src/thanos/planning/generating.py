@@ -77,9 +77,8 @@ def _continued_pieces(job: Job, ids: Tensor, bos: tuple[int, ...]) -> float:
     segment = min(recipe.segment, width)
     source = job.prepared.opened.source
     prompts = read_prompt_ids(recipe, source.tokenizer(), width, lambda event: None, model)
-    prompt = max(map(len, prompts), default=min(recipe.prompt, segment // 2))
-    shorter = prompt - sum(map(len, prompts)) / len(prompts) if prompts else 0.0  # of the pieces, on average
-    pieces = math.ceil(recipe.generate * width / (segment - shorter))
+    prompt = min(map(len, prompts), default=min(recipe.prompt, segment // 2))
+    pieces = math.ceil(recipe.generate * width / segment)
     batch, spent, new = min(batch_size(job.device, segment), pieces), list[float](), list[int]()
     for positions in _POSITIONS:
         # At least twice the prompt: in a shorter piece the prompt is shorter too.
