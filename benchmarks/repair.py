@@ -7,6 +7,10 @@ CELLS.json is a list of objects: ``name``; ``recipe``, settings of `thanos.Recip
 tasks. There is one process for each GPU. Each takes the next free cell, and appends one line for each measured model. The first
 process measures the dense model before its first cell, unless ``--no-dense`` is given. Each line has the commit, the hardware,
 the versions and the date.
+
+With ``--share``, recoveries on the same text with the same settings of generated text train on the same generated sequences.
+The first of them generates the sequences. The others wait for them, and their lines say ``"shared": true``. With ``--reuse``, a
+cell whose pruned model is in the folder of ``--keep`` is not pruned again, and gets no line of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +53,8 @@ def main() -> int:
     )
     parser.add_argument("--no-dense", action="store_true", help="do not measure the dense model")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the pruned models; default: none is kept")
+    parser.add_argument("--share", type=Path, default=None, help="folder of generated sequences that recoveries share")
+    parser.add_argument("--reuse", action="store_true", help="do not prune again what the folder of --keep holds")
     parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
@@ -96,21 +105,67 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any], recipe: Any, f
     from thanos import prune
 
     out, tasks = folder / cell["name"], cell.get("zero_shot", False)
-    began = time.monotonic()
-    made = prune(arguments.model, out, recipe, overwrite=True)
-    row = {"name": cell["name"], "recipe": cell["recipe"], **cost(made, began), **measured(arguments, out, tasks=tasks)}
-    targets = sorted({layer.dense_target for layer in made.layers if layer.dense_target is not None})
-    chosen = {str(alpha): sum(layer.dense_target == alpha for layer in made.layers) for alpha in targets}
-    report(arguments, row | {"layers_by_dense_target": chosen, "kept_epochs": [one.kept_epoch for one in made.tuning]})
+    if not (arguments.reuse and out.exists()):
+        began = time.monotonic()
+        made = prune(arguments.model, out, recipe, overwrite=True)
+        row = {
+            "name": cell["name"],
+            "recipe": cell["recipe"],
+            **cost(made, began),
+            **measured(arguments, out, tasks=tasks),
+        }
+        targets = sorted({layer.dense_target for layer in made.layers if layer.dense_target is not None})
+        chosen = {str(alpha): sum(layer.dense_target == alpha for layer in made.layers) for alpha in targets}
+        kept = [one.kept_epoch for one in made.tuning]
+        report(arguments, row | {"layers_by_dense_target": chosen, "kept_epochs": kept})
     for number, settings in enumerate(cell.get("recover", [])):
         from thanos import RecoveryRecipe, recover
 
         values = {"samples": recipe.samples, "sequence_length": recipe.sequence_length, "seed": recipe.seed}
         training = RecoveryRecipe.from_dict(values | settings | {"calibration": arguments.calibration})
         better, began = folder / f"{cell['name']}-recovered-{number}", time.monotonic()
-        trained = recover(out, better, dense=arguments.model, recipe=training, overwrite=True)
-        row = {"name": better.name, "recipe": cell["recipe"], "recover": settings, **cost(trained, began)}
+        with shared_sequences(arguments) as shared:
+            trained = recover(out, better, dense=arguments.model, recipe=training, overwrite=True)
+        row = {"name": better.name, "recipe": cell["recipe"], "recover": settings, **shared, **cost(trained, began)}
         report(arguments, row | measured(arguments, better, tasks=tasks) | {"history": trained.history})
+
+
+@contextmanager
+def shared_sequences(arguments: argparse.Namespace) -> Iterator[dict[str, bool]]:
+    """With ``--share``, let recoveries take generated sequences from its folder, or put them there.
+
+    Returns:
+        A mapping that gets ``"shared": True`` if they were taken.
+    """
+    from unittest.mock import patch
+
+    from filelock import FileLock
+    from safetensors.torch import load_file, save_file
+
+    from thanos.recovery import run
+
+    generate, said = run.generated_text, dict[str, bool]()
+
+    def shared(dense: Any, calibration: Any, recipe: Any, *more: Any, **how: Any) -> Any:
+        prompts = None if recipe.prompts is None else sha256(Path(recipe.prompts).read_bytes()).hexdigest()
+        count = recipe.generate, recipe.generated_held_out
+        length = recipe.segment, recipe.prompt, prompts
+        settings = (arguments.model, calibration.sha256, recipe.trained, *count, *length, recipe.seed)
+        file = arguments.share / f"{sha256(repr(settings).encode()).hexdigest()[:16]}.safetensors"
+        with FileLock(f"{file}.lock"):
+            if file.exists():
+                said["shared"] = True
+                return load_file(file)["ids"]
+            made = generate(dense, calibration, recipe, *more, **how)
+            save_file({"ids": made}, file)
+            return made
+
+    if arguments.share is None:
+        yield said
+        return
+    arguments.share.mkdir(parents=True, exist_ok=True)
+    with patch.object(run, "generated_text", shared):
+        yield said
 
 
 def measured(arguments: argparse.Namespace, model: str | Path, *, tasks: bool) -> dict[str, Any]:
