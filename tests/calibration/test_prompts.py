@@ -17,7 +17,7 @@ import thanos
 from helpers import stopped_at, tiny_model
 from recovering import prune, settings
 from thanos.calibration import continued
-from thanos.calibration.continued import generate_sequences
+from thanos.calibration.continued import Pieces, generate_sequences
 from thanos.calibration.generation import Part
 from thanos.calibration.making import make_calibration
 from thanos.calibration.prompts import prompt_texts, with_prompts
@@ -84,7 +84,7 @@ def test_each_piece_is_a_whole_prompt_and_its_greedy_continuation(architecture: 
     end = model.generation_config.eos_token_id
     prompts = [[11, 12], [21, 22, 23 if end is None else end, 24, 25], [31]]
     text = torch.zeros(1, len(bos) + 40, dtype=torch.int64)
-    made = generate_sequences(model, text, bos, 5, 0, 0, lambda event: None, segment=16, prompts=prompts)
+    made = generate_sequences(model, text, bos, 5, 0, 0, lambda event: None, Pieces(16, prompts=prompts))
     assert made.shape == (5, len(bos) + 40)
     assert (made[:, : len(bos)] == torch.tensor(bos)).all()
     stream, used, wanted = made[:, len(bos) :].flatten().tolist(), Counter[int](), list[int]()
@@ -106,12 +106,12 @@ def test_parts_of_continued_prompts_are_not_generated_again(tiny_llama: Path, mo
     monkeypatch.setitem(continued.PIECES, "cpu", 3)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     text, parts = torch.zeros(1, 40, dtype=torch.int64), list[Part]()
-    how: dict[str, Any] = {"segment": 20, "prompts": [[5, 6, 7], [8]]}
-    whole = generate_sequences(model, text, (), 4, 7, 0, lambda event: None, keep=parts.append, **how)
+    pieces = Pieces(20, prompts=[[5, 6, 7], [8]])
+    whole = generate_sequences(model, text, (), 4, 7, 0, lambda event: None, pieces, keep=parts.append)
     assert [len(part.ids) for part in parts] == [3, 3, 2]
-    again = generate_sequences(model, text, (), 4, 7, 0, lambda event: None, done=parts[:2], **how)
+    again = generate_sequences(model, text, (), 4, 7, 0, lambda event: None, pieces, done=parts[:2])
     assert torch.equal(again, whole)
-    other = generate_sequences(model, text, (), 4, 8, 0, lambda event: None, **how)
+    other = generate_sequences(model, text, (), 4, 8, 0, lambda event: None, pieces)
     assert not torch.equal(other, whole)
 
 
@@ -129,7 +129,7 @@ def test_a_pruning_with_prompts(prompts: Path, tiny_llama: Path, text_file: Path
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a b", "c\nd  e", "f", "g h a b c")]
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     end = model.generation_config.eos_token_id
-    new = generate_sequences(model, plain.ids, bos, 3, 0, end, lambda event: None, segment=256, prompts=ids)
+    new = generate_sequences(model, plain.ids, bos, 3, 0, end, lambda event: None, Pieces(prompts=ids))
     wanted = dataclasses.replace(plain, ids=torch.cat([new, plain.ids]), generated=3)
     assert report.calibration["sha256"] == wanted.sha256
     sha256 = hashlib.sha256(prompts.read_bytes()).hexdigest()
@@ -325,8 +325,8 @@ def test_the_plan_times_as_many_new_tokens_as_it_counts(
 
     seen: list[tuple[int, ...]] = []
 
-    def recorded(model: Any, ids: Any, bos: Any, count: int, *more: Any, segment: int, prompt: int) -> None:
-        seen.append((ids.shape[1] - len(bos), segment, prompt, count))
+    def recorded(model: Any, ids: Any, bos: Any, count: int, seed: int, end: int, emit: Any, pieces: Pieces) -> None:
+        seen.append((ids.shape[1] - len(bos), pieces.segment, pieces.prompt, count))
 
     monkeypatch.setattr(generating, "generate_sequences", recorded)
     prompts = tmp_path / "prompts.txt"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import thanos
 from recovering import VARIED, prune, read, settings
 from thanos.calibration import continued
-from thanos.calibration.continued import generate_sequences
+from thanos.calibration.continued import Pieces, generate_sequences
 from thanos.calibration.generation import Part
 from thanos.calibration.making import make_calibration
 from thanos.cli.interrupts import EndedEarly, resumable
@@ -62,7 +62,7 @@ def test_long_sequences_are_made_of_pieces(segment: int, tiny_llama: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     text = torch.randint(3, model.config.vocab_size, (2, SEGMENT + 70), generator=torch.Generator().manual_seed(0))
     events: list[thanos.Event] = []
-    made = generate_sequences(model, text, (), 3, 7, 0, events.append, segment=segment)
+    made = generate_sequences(model, text, (), 3, 7, 0, events.append, Pieces(segment))
     stream, rows = made.flatten().tolist(), [row.tolist() for row in text]
     for first in range(0, len(stream) - PROMPT, segment):
         prompt = stream[first : first + PROMPT]
@@ -70,7 +70,7 @@ def test_long_sequences_are_made_of_pieces(segment: int, tiny_llama: Path) -> No
     pieces = -(-len(stream) // segment)
     assert [(event.phase, event.done, event.total) for event in events] == [("generate", pieces, pieces)]
     again, other = (
-        generate_sequences(model, text, (), 3, seed, 0, lambda event: None, segment=segment) for seed in (7, 8)
+        generate_sequences(model, text, (), 3, seed, 0, lambda event: None, Pieces(segment)) for seed in (7, 8)
     )
     assert torch.equal(again, made)
     assert not torch.equal(other, made)
@@ -85,7 +85,7 @@ def test_a_piece_begins_with_so_many_tokens_of_the_text(
     model, end = AutoModelForCausalLM.from_pretrained(tiny_llama), 299
     text = torch.full((2, len(bos) + 80), 7)
     text[:, : len(bos)] = 1
-    made = generate_sequences(model, text, bos, 3, 0, end, lambda event: None, segment=40, prompt=prompt)
+    made = generate_sequences(model, text, bos, 3, 0, end, lambda event: None, Pieces(40, prompt))
     assert made.shape == (3, text.shape[1])
     assert (made[:, : len(bos)] == 1).all()
     pieces = made[:, len(bos) :].reshape(6, 40)
@@ -419,7 +419,7 @@ def test_the_processes_meet_after_each_part(tiny_llama: Path, tmp_path: Path, mo
 
     def go(world: World, *, resume: bool = False) -> torch.Tensor:
         arguments = (model, text, (), 8, 7, 0, lambda event: None, work, world)
-        return kept_sequences(*arguments, segment=SEGMENT, prompt=PROMPT, resume=resume)
+        return kept_sequences(*arguments, Pieces(), resume=resume)
 
     alone = generate_sequences(model, text, (), 8, 7, 0, lambda event: None)
     first = _Two(0)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
 from helpers import save_tiny, stopped_at, tiny_model, tiny_tokenizer
-from thanos.calibration.continued import generate_sequences
+from thanos.calibration.continued import Pieces, generate_sequences
 from thanos.calibration.generation import continue_prompts
 from thanos.calibration.kept import read_windows, write_windows
 from thanos.calibration.windows import Calibration, build_calibration
@@ -43,7 +43,7 @@ def test_the_generated_sequences_come_before_those_of_the_text(
     """Two of the six sequences of the text are held out. Only the others are continued."""
     text = text_windows(tiny_llama, text_file)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    new = generate_sequences(model, text.ids[:4], text.bos_ids, GENERATE, 0, 0, lambda event: None, **pieces)
+    new = generate_sequences(model, text.ids[:4], text.bos_ids, GENERATE, 0, 0, lambda event: None, Pieces(**pieces))
     wanted = dataclasses.replace(text, ids=torch.cat([new, text.ids]), generated=GENERATE)
     settings = recipe(text_file, effort="max", held_out=2, tune=1, **pieces)
     report = thanos.prune(tiny_llama, tmp_path / "out", settings)

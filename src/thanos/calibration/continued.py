@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +33,21 @@ _MOST_TOKENS = {"cpu": 16 * SEGMENT, "cuda": 4096 * SEGMENT}
 """Largest number of their tokens, by type of device. Keys and values of all tokens are in memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """The pieces of which generated sequences consist.
+
+    Attributes:
+        segment: tokens of a piece; at most those of a sequence.
+        prompt: tokens of the text with which a piece begins.
+        prompts: token ids of prompts, without BOS, each of at most half a segment.
+    """
+
+    segment: int = SEGMENT
+    prompt: int = PROMPT
+    prompts: Sequence[Sequence[int]] = ()
+
+
 def batch_size(device: torch.device, segment: int) -> int:
     """Return the number of pieces of ``segment`` tokens that are continued together, if memory suffices."""
     return max(1, min(PIECES[device.type], _MOST_TOKENS[device.type] // segment))
@@ -46,10 +61,8 @@ def generate_sequences(
     seed: int,
     end: int,
     emit: Callable[[Event], None],
+    pieces: Pieces = Pieces(),
     *,
-    segment: int = SEGMENT,
-    prompt: int = PROMPT,
-    prompts: Sequence[Sequence[int]] = (),
     phase: Phase = "generate",
     done: Sequence[Part] = (),
     keep: Callable[[Part], None] = lambda part: None,
@@ -58,21 +71,19 @@ def generate_sequences(
 
     If the device's memory runs out, the batches of the parts that are left are halved.
 
-    A piece begins with ``prompt`` tokens from a random position of the text, or with half a segment if that is shorter. Without
-    any, it begins with BOS alone, or with ``end`` if there is no BOS. If ``prompts`` are given, it begins with one of them.
+    A piece begins with ``pieces.prompt`` tokens from a random position of the text, or with half a segment if that is shorter.
+    Without any, it begins with BOS alone, or with ``end`` if there is no BOS. If there are prompts, it begins with one of them.
     Each prompt is used once, in random order, before one is used again.
 
     Args:
         model: the dense model.
-        ids: token ids of the text, (n, T) int64, on the CPU. With ``prompts`` only T is used.
+        ids: token ids of the text, (n, T) int64, on the CPU. With prompts only T is used.
         bos: ids of the tokens with which each sequence, and each piece that is continued, begins; empty without any.
         count: number of sequences to generate.
         seed: seed of the positions and of the sampled tokens.
         end: id of the end-of-text token.
         emit: function that is called with events of progress.
-        segment: tokens of a piece; at most those of a sequence.
-        prompt: tokens of the text with which a piece begins.
-        prompts: token ids of prompts, without BOS, each of at most half a segment.
+        pieces: their size, and how they begin.
         phase: phase of these events.
         done: the parts that an interrupted call has made, in order, on the same type of device. The next ones have at most the
             size of the last of them.
@@ -83,15 +94,15 @@ def generate_sequences(
     """
     text = ids[:, len(bos) :]
     width = text.shape[1]
-    segment = min(segment, width)
+    segment = min(pieces.segment, width)
+    needed = math.ceil(count * width / segment)
     draw = torch.Generator().manual_seed(seed % SEEDS)
-    pieces = math.ceil(count * width / segment)
-    if prompts:
-        begun, lengths = _drawn(prompts, bos, pieces, end, draw)
+    if pieces.prompts:
+        begun, lengths = _drawn(pieces.prompts, bos, needed, end, draw)
     else:
-        begun, lengths = _cut(text, bos, min(prompt, segment // 2), pieces, draw), None
+        begun, lengths = _cut(text, bos, min(pieces.prompt, segment // 2), needed, draw), None
         if not begun.shape[1]:
-            begun = torch.full((pieces, 1), end)
+            begun = torch.full((needed, 1), end)
     length = len(bos) + segment
     parts, made = [*done], None
     kept = sum(len(part.ids) for part in parts)
@@ -169,6 +180,5 @@ def generate_more(
     made = with_prompts(made, recipe)
     prompts = read_prompt_ids(recipe, tokenizer, text.shape[1] - len(made.bos_ids), emit, model)
     arguments = (model, text, made.bos_ids, recipe.generate, made.seed, end, emit)
-    how = {"segment": recipe.segment, "prompt": recipe.prompt, "prompts": prompts}
-    new = generate_sequences(*arguments, **how, phase="calibration")
+    new = generate_sequences(*arguments, Pieces(recipe.segment, recipe.prompt, prompts), phase="calibration")
     return replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from thanos.calibration.continued import batch_size, generate_sequences
+from thanos.calibration.continued import Pieces, batch_size, generate_sequences
 from thanos.calibration.generation import GENERATION_BATCH, SEEDS
 from thanos.calibration.making import make_calibration
 from thanos.calibration.prompts import read_prompt_ids
@@ -86,7 +86,7 @@ def _continued_pieces(job: Job, ids: Tensor, bos: tuple[int, ...]) -> float:
         new.append(length - min(prompt, length // 2))
         began = time.perf_counter()
         text = ids[:, : len(bos) + length]
-        generate_sequences(model, text, bos, batch, 0, 0, lambda event: None, segment=length, prompt=prompt)
+        generate_sequences(model, text, bos, batch, 0, 0, lambda event: None, Pieces(length, prompt))
         spent.append(time.perf_counter() - began)
     apart = new[1] - new[0]
     each = max(0.0, spent[1] - spent[0]) / apart if apart else spent[1] / max(1, new[1])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from thanos.calibration.continued import generate_sequences
+from thanos.calibration.continued import Pieces, generate_sequences
 from thanos.calibration.generation import Part
 from thanos.calibration.prompts import read_prompt_ids
 from thanos.events import Event
@@ -33,10 +33,8 @@ def kept_sequences(
     emit: Callable[[Event], None],
     work: RecoveryFolder,
     world: World,
+    pieces: Pieces,
     *,
-    segment: int,
-    prompt: int,
-    prompts: Sequence[Sequence[int]] = (),
     resume: bool,
 ) -> Tensor:
     """Return the sequences of :func:`~thanos.calibration.continued.generate_sequences`.
@@ -68,8 +66,7 @@ def kept_sequences(
         work.keep_part(part)
         world.from_first(lambda: None)
 
-    how: dict[str, Any] = {"segment": segment, "prompt": prompt, "prompts": prompts}
-    made = generate_sequences(model, ids, bos, count, seed, end, emit, **how, done=done, keep=keep)
+    made = generate_sequences(model, ids, bos, count, seed, end, emit, pieces, done=done, keep=keep)
     work.keep_generated(made)
     return world.from_first(lambda: made)
 
@@ -103,5 +100,5 @@ def generated_text(
     text, end = calibration.ids[: recipe.trained], end_of_text_id(tokenizer, dense.source.config())
     prompts = [] if world.rank else read_prompt_ids(recipe, tokenizer, text.shape[1] - len(bos), emit, model)
     count = recipe.generate + recipe.generated_held_out
-    how: dict[str, Any] = {"segment": recipe.segment, "prompt": recipe.prompt, "prompts": prompts, "resume": resume}
-    return kept_sequences(model, text, bos, count, recipe.seed, end, emit, work, world, **how)
+    pieces = Pieces(recipe.segment, recipe.prompt, prompts)
+    return kept_sequences(model, text, bos, count, recipe.seed, end, emit, work, world, pieces, resume=resume)
