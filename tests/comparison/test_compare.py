@@ -270,6 +270,20 @@ def test_a_folder_is_the_same_with_and_without_a_slash() -> None:
         entries_of(["a", "a/"])
 
 
+def test_a_folder_is_the_same_by_a_link_and_by_another_path(tmp_path: Path) -> None:
+    model, link = tmp_path / "model", tmp_path / "link"
+    model.mkdir()
+    link.symlink_to(model)
+    for other, what in ((str(link), f"is the same model as {model}"), (f"{link}/../model", "is named twice")):
+        with pytest.raises(DataError, match=f"^{other} {what}; name each model once$"):
+            entries_of([str(model), other])
+        assert entries_of([str(model), "b"], f"{other}=int8") == [
+            Entry(str(model)),
+            Entry(str(model), "int8"),
+            Entry("b"),
+        ]
+
+
 def test_a_model_that_does_not_exist_is_an_error_before_the_first_one_is_measured(folder: Path) -> None:
     request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"))
     rows: list[Comparison] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import normpath
+from os.path import normpath, realpath
+from pathlib import Path
 
 from thanos.comparison.quantised import KINDS
 from thanos.errors import DataError
@@ -39,14 +40,17 @@ def entries_of(models: Sequence[str], quantised: str = "") -> list[Entry]:
     """
     if not models:
         raise DataError("a comparison needs at least one model")
-    by_path = {normpath(name): name for name in models}  # the completion of a shell appends a slash
-    twice = [by_path[path] for path, count in Counter(map(normpath, models)).items() if count > 1]
-    if twice:
-        raise DataError(f"{twice[0]} is named twice; name each model once")
+    by_place = dict[str, str]()
+    for name in models:
+        first = by_place.get(_place(name))
+        if first is not None:
+            what = "is named twice" if normpath(first) == normpath(name) else f"is the same model as {first}"
+            raise DataError(f"{name} {what}; name each model once")
+        by_place[_place(name)] = name
     wanted: dict[str, list[str]] = {name: [] for name in models}
     for word in filter(None, (part.strip() for part in quantised.split(","))):
         name, _, kind = word.rpartition("=")
-        name = by_path.get(normpath(name), name) if name else models[0]
+        name = by_place.get(_place(name), name) if name else models[0]
         if kind not in KINDS:
             raise DataError(
                 f"--quantised {word}: there is no kind {kind!r}{near(kind, KINDS)}; choose {either(KINDS)}, for another model "
@@ -59,6 +63,11 @@ def entries_of(models: Sequence[str], quantised: str = "") -> list[Entry]:
         if kind not in wanted[name]:
             wanted[name].append(kind)
     return [Entry(name, kind) for name in models for kind in ("", *wanted[name])]
+
+
+def _place(model: str) -> str:
+    """Return the path of a local model without links, and with neither ``..`` nor a slash at the end; a hub name unchanged."""
+    return realpath(model) if Path(model).exists() else normpath(model)
 
 
 def labels_of(entries: Sequence[Entry]) -> list[str]:
