@@ -9,8 +9,9 @@ process measures the dense model before its first cell, unless ``--no-dense`` is
 the versions and the date.
 
 With ``--share``, recoveries on the same text with the same settings of generated text train on the same generated sequences.
-The first of them generates the sequences. The others wait for them, and their lines say ``"shared": true``. With ``--reuse``, a
-cell whose pruned model is in the folder of ``--keep`` is not pruned again, and gets no line of its own.
+The first of them generates the sequences. The others wait for them. Their lines say ``"shared": true``, and their seconds are
+without the generation and without the wait. With ``--reuse``, a cell whose pruned model is in the folder of ``--keep`` is not
+pruned again, and gets no line of its own.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def main() -> int:
     parser.add_argument("--reuse", action="store_true", help="do not prune again what the folder of --keep holds")
     parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.reuse and arguments.keep is None:
+        parser.error("--reuse needs --keep, the folder of the pruned models")
     if arguments.rank is not None:
         return work(arguments)
     import torch
@@ -105,7 +108,14 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any], recipe: Any, f
     from thanos import prune
 
     out, tasks = folder / cell["name"], cell.get("zero_shot", False)
-    if not (arguments.reuse and out.exists()):
+    if arguments.reuse and out.exists():
+        made_with = json.loads((out / "pruning.json").read_text(encoding="utf-8"))["recipe"]
+        wanted = {
+            name: value for name, value in cell["recipe"].items() if name != "prompts"
+        }  # recorded without its folder
+        if wanted != {name: made_with[name] for name in wanted}:
+            raise ValueError(f"{out} was made with another recipe than the cell's; remove it, or run without --reuse")
+    else:
         began = time.monotonic()
         made = prune(arguments.model, out, recipe, overwrite=True)
         row = {
@@ -126,38 +136,44 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any], recipe: Any, f
         better, began = folder / f"{cell['name']}-recovered-{number}", time.monotonic()
         with shared_sequences(arguments) as shared:
             trained = recover(out, better, dense=arguments.model, recipe=training, overwrite=True)
+        waited = shared.pop("waited", 0.0)
         row = {"name": better.name, "recipe": cell["recipe"], "recover": settings, **shared, **cost(trained, began)}
+        row["seconds"] = round(row["seconds"] - waited, 2)
         report(arguments, row | measured(arguments, better, tasks=tasks) | {"history": trained.history})
 
 
 @contextmanager
-def shared_sequences(arguments: argparse.Namespace) -> Iterator[dict[str, bool]]:
+def shared_sequences(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """With ``--share``, let recoveries take generated sequences from its folder, or put them there.
 
     Returns:
-        A mapping that gets ``"shared": True`` if they were taken.
+        A mapping that gets ``"shared": True`` if they were taken, and the seconds ``waited`` for them.
     """
     from unittest.mock import patch
 
     from filelock import FileLock
     from safetensors.torch import load_file, save_file
 
+    from thanos.calibration.text import files_sha256
     from thanos.recovery import run
+    from thanos.system.files import write_atomically
 
-    generate, said = run.generated_text, dict[str, bool]()
+    generate, said = run.generated_text, dict[str, Any]()
 
     def shared(dense: Any, calibration: Any, recipe: Any, *more: Any, **how: Any) -> Any:
-        prompts = None if recipe.prompts is None else sha256(Path(recipe.prompts).read_bytes()).hexdigest()
+        prompts = None if recipe.prompts is None else files_sha256(recipe.prompts)
         count = recipe.generate, recipe.generated_held_out
         length = recipe.segment, recipe.prompt, prompts
-        settings = (arguments.model, calibration.sha256, recipe.trained, *count, *length, recipe.seed)
+        text = arguments.commit, arguments.model, calibration.sha256, recipe.trained
+        settings = (*text, *count, *length, recipe.seed)
+        began = time.monotonic()
         file = arguments.share / f"{sha256(repr(settings).encode()).hexdigest()[:16]}.safetensors"
         with FileLock(f"{file}.lock"):
             if file.exists():
-                said["shared"] = True
+                said.update(shared=True, waited=time.monotonic() - began)
                 return load_file(file)["ids"]
             made = generate(dense, calibration, recipe, *more, **how)
-            save_file({"ids": made}, file)
+            write_atomically(file, lambda path: save_file({"ids": made}, path))
             return made
 
     if arguments.share is None:

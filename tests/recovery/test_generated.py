@@ -383,7 +383,7 @@ def test_parts_of_another_device_are_discarded(
 
     with pytest.raises(KeyboardInterrupt):
         thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, on_event=stop)
-    (stored,) = RecoveryFolder(out).steps.glob("generated-*.safetensors")
+    (stored,) = RecoveryFolder(out).steps.glob("pieces-*.safetensors")
     save_file(load_file(stored) | {"cuda": torch.zeros(16, dtype=torch.uint8)}, stored)
     made: list[int] = []
 

@@ -98,7 +98,7 @@ def generate_sequences(
     needed = math.ceil(count * width / segment)
     draw = torch.Generator().manual_seed(seed % SEEDS)
     if pieces.prompts:
-        begun, lengths = _drawn(pieces.prompts, bos, needed, end, draw)
+        begun, lengths = _drawn(pieces.prompts, bos, needed, draw)
     else:
         begun, lengths = _cut(text, bos, min(pieces.prompt, segment // 2), needed, draw), None
         if not begun.shape[1]:
@@ -139,12 +139,12 @@ def _cut(text: Tensor, bos: tuple[int, ...], prompt: int, pieces: int, draw: tor
 
 
 def _drawn(
-    prompts: Sequence[Sequence[int]], bos: tuple[int, ...], pieces: int, pad: int, draw: torch.Generator
+    prompts: Sequence[Sequence[int]], bos: tuple[int, ...], pieces: int, draw: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return BOS and prompts as rows (pieces, b + longest), padded at the end, and their lengths with BOS (pieces,)."""
     rounds = [torch.randperm(len(prompts), generator=draw) for _ in range(math.ceil(pieces / len(prompts)))]
     chosen = [[*bos, *prompts[number]] for number in torch.cat(rounds)[:pieces].tolist()]
-    rows = pad_sequence([torch.tensor(ids) for ids in chosen], batch_first=True, padding_value=pad)
+    rows = pad_sequence([torch.tensor(ids) for ids in chosen], batch_first=True)
     return rows, torch.tensor([len(ids) for ids in chosen])
 
 

@@ -66,7 +66,8 @@ def continue_prompts(
 ) -> Tensor:
     """Sample a continuation of each prompt from the model at temperature 1, whatever its generation config says.
 
-    The end-of-text tokens of the generation config are never sampled, so no continuation ends early.
+    The end-of-text tokens of the generation config are never sampled, so no continuation ends early. The model reads the
+    shortest prompt of a batch at once, and the rest of the others token by token.
 
     Args:
         model: the dense model.
@@ -76,8 +77,8 @@ def continue_prompts(
         batch: prompts that the model continues together.
         phase: of the progress events.
         emit: function that is called with them.
-        lengths: number of tokens of each prompt, (n,) int64, at the beginning of its row; the rest of the row is not read.
-            None: p for all.
+        lengths: number of tokens of each prompt, (n,) int64, at the beginning of its row; any tokens may follow them
+            there. None: p for all.
         done: the first parts of an earlier call with the same arguments, made on the same type of device. They are not sampled
             again. On a CPU the result has the same bits as without them.
         keep: function that is called with each new part, before its event.
@@ -142,8 +143,9 @@ class _GivenTokens:
         position = input_ids.shape[1]
         if position >= self._prompts.shape[1]:
             return scores
-        given = torch.full_like(scores, -torch.inf).scatter_(1, self._prompts[:, position, None], 0.0)
-        return torch.where((position < self._lengths)[:, None], given, scores)
+        token, given = self._prompts[:, position, None], (position < self._lengths)[:, None]
+        logit = torch.where(given, 0.0, scores.gather(1, token))
+        return scores.masked_fill_(given, -torch.inf).scatter_(1, token, logit)  # in place: they may take gigabytes
 
 
 def _ids(end: int | list[int] | None) -> list[int] | None:

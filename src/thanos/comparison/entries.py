@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import normpath, realpath
-from pathlib import Path
 
 from thanos.comparison.quantised import KINDS
 from thanos.errors import DataError
@@ -40,17 +39,17 @@ def entries_of(models: Sequence[str], quantised: str = "") -> list[Entry]:
     """
     if not models:
         raise DataError("a comparison needs at least one model")
-    by_place = dict[str, str]()
+    by_place = dict[str, str]()  # the completion of a shell appends a slash; a link may lead to the same folder
     for name in models:
-        first = by_place.get(_place(name))
+        first = by_place.get(realpath(name))
         if first is not None:
             what = "is named twice" if normpath(first) == normpath(name) else f"is the same model as {first}"
             raise DataError(f"{name} {what}; name each model once")
-        by_place[_place(name)] = name
+        by_place[realpath(name)] = name
     wanted: dict[str, list[str]] = {name: [] for name in models}
     for word in filter(None, (part.strip() for part in quantised.split(","))):
         name, _, kind = word.rpartition("=")
-        name = by_place.get(_place(name), name) if name else models[0]
+        name = by_place.get(realpath(name), name) if name else models[0]
         if kind not in KINDS:
             raise DataError(
                 f"--quantised {word}: there is no kind {kind!r}{near(kind, KINDS)}; choose {either(KINDS)}, for another model "
@@ -63,11 +62,6 @@ def entries_of(models: Sequence[str], quantised: str = "") -> list[Entry]:
         if kind not in wanted[name]:
             wanted[name].append(kind)
     return [Entry(name, kind) for name in models for kind in ("", *wanted[name])]
-
-
-def _place(model: str) -> str:
-    """Return the path of a local model without links, and with neither ``..`` nor a slash at the end; a hub name unchanged."""
-    return realpath(model) if Path(model).exists() else normpath(model)
 
 
 def labels_of(entries: Sequence[Entry]) -> list[str]:

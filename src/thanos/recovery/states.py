@@ -99,7 +99,7 @@ class RecoveryFolder(WorkFolder):
 
     def keep_part(self, part: Part) -> None:
         """Store the next part of the sequences that the dense model generates."""
-        path = self.steps / f"generated-{len(self._parts()):06}.safetensors"
+        path = self.steps / f"pieces-{len(self._parts()):06}.safetensors"
         write_atomically(path, lambda path: save_file({"ids": part.ids, **part.states}, path), durable=True)
 
     def drop_parts(self) -> None:
@@ -108,7 +108,7 @@ class RecoveryFolder(WorkFolder):
             path.unlink()
 
     def _parts(self) -> list[Path]:
-        return sorted(self.steps.glob("generated-*.safetensors"))
+        return sorted(self.steps.glob("pieces-*.safetensors"))
 
     def complete_checkpoint(self, step: int, keep_best: int) -> None:
         """Force the checkpoint of a step to the disk and mark it. Then delete older checkpoints and best states.
