@@ -11,7 +11,7 @@ the versions and the date.
 With ``--share``, recoveries on the same text with the same settings of generated text train on the same generated sequences.
 The first of them generates the sequences. The others wait for them. Their lines say ``"shared": true``, and their seconds are
 without the generation and without the wait. With ``--reuse``, a cell whose pruned model is in the folder of ``--keep`` is not
-pruned again, and gets no line of its own.
+pruned again, and gets no line of its own; a model of other settings is refused.
 """
 
 from __future__ import annotations
@@ -108,22 +108,11 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any], recipe: Any, f
     from thanos import prune
 
     out, tasks = folder / cell["name"], cell.get("zero_shot", False)
-    if arguments.reuse and out.exists():
-        made_with = json.loads((out / "pruning.json").read_text(encoding="utf-8"))["recipe"]
-        wanted = {
-            name: value for name, value in cell["recipe"].items() if name != "prompts"
-        }  # recorded without its folder
-        if wanted != {name: made_with[name] for name in wanted}:
-            raise ValueError(f"{out} was made with another recipe than the cell's; remove it, or run without --reuse")
-    else:
-        began = time.monotonic()
-        made = prune(arguments.model, out, recipe, overwrite=True)
-        row = {
-            "name": cell["name"],
-            "recipe": cell["recipe"],
-            **cost(made, began),
-            **measured(arguments, out, tasks=tasks),
-        }
+    finished, began = arguments.reuse and out.exists(), time.monotonic()
+    made = prune(arguments.model, out, recipe, overwrite=not finished, resume=finished)
+    if not finished:
+        row = {"name": cell["name"], "recipe": cell["recipe"]}
+        row |= cost(made, began) | measured(arguments, out, tasks=tasks)
         targets = sorted({layer.dense_target for layer in made.layers if layer.dense_target is not None})
         chosen = {str(alpha): sum(layer.dense_target == alpha for layer in made.layers) for alpha in targets}
         kept = [one.kept_epoch for one in made.tuning]

@@ -53,7 +53,7 @@ def test_recoveries_share_generated_sequences_and_pruned_models(
     assert [row["history"] for row in again] == [row["history"] for row in first[1:]]
     cell["recipe"] = {"method": "magnitude", "sparsity": 0.4, "device": "cpu"}
     (refused,) = rows_of([cell], tmp_path, tiny_llama, text_file, monkeypatch)
-    assert "was made with another recipe than the cell's" in refused["failed"]
+    assert "sparsity 0.5 → 0.4" in refused["failed"]
 
 
 def test_models_are_used_again_only_from_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,11 +41,12 @@ def entries_of(models: Sequence[str], quantised: str = "") -> list[Entry]:
         raise DataError("a comparison needs at least one model")
     by_place = dict[str, str]()  # the completion of a shell appends a slash; a link may lead to the same folder
     for name in models:
-        first = by_place.get(realpath(name))
-        if first is not None:
+        place = realpath(name)
+        if place in by_place:
+            first = by_place[place]
             what = "is named twice" if normpath(first) == normpath(name) else f"is the same model as {first}"
             raise DataError(f"{name} {what}; name each model once")
-        by_place[realpath(name)] = name
+        by_place[place] = name
     wanted: dict[str, list[str]] = {name: [] for name in models}
     for word in filter(None, (part.strip() for part in quantised.split(","))):
         name, _, kind = word.rpartition("=")
